@@ -1,0 +1,1 @@
+"""Subjects we did not write."""

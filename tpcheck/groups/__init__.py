@@ -1,0 +1,1 @@
+"""The seam: what a subject sees of its ranks, simulated or real."""

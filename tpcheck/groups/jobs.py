@@ -1,0 +1,70 @@
+"""Jobs: what the parent asks ranks to do, and what comes back.
+
+Requirement: the layer that moves work to ranks (simulated, pool, torchrun) knows nothing about
+subjects; it gets a function by dotted name and a payload, and returns every rank's reply or one
+RankFailure. That keeps the import direction: groups never import execution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tpcheck.trace import RankFailure
+
+if TYPE_CHECKING:
+    import torch
+
+    from tpcheck.groups.base import TPGroup
+    from tpcheck.groups.weights import WeightStore
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Run `function(world, payload)` on `size` ranks. `function` is `package.module:name`.
+
+    The payload must pickle; tensors in it travel as raw bytes.
+    """
+
+    function: str
+    payload: Any
+    size: int
+    timeout_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """Either one reply per rank, in rank order, or the failure that stopped the job."""
+
+    replies: tuple[Any, ...] = ()
+    failure: RankFailure | None = None
+
+
+class World(Protocol):
+    """What a job function sees of the ranks it runs on."""
+
+    rank: int
+    size: int
+    backend: str
+    device: torch.device
+    store: WeightStore
+
+    def group(self, *, seed: int, dtype: torch.dtype, weight_dtype: torch.dtype) -> TPGroup:
+        """Return this rank's TPGroup for one build of a subject."""
+        ...
+
+
+class Ranks(Protocol):
+    """Somewhere to run jobs. `label` is the backend name as reports print it."""
+
+    label: str
+    max_size: int
+
+    def run(self, jobs: Sequence[Job]) -> list[JobResult]:
+        """Run every job, side by side where that is faster; results in the order given."""
+        ...
+
+    def close(self) -> None:
+        """Free every process and file. Safe to call twice."""
+        ...

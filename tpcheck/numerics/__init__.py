@@ -1,0 +1,1 @@
+"""The arithmetic: ulps, bounds with their sources, the law of drift, emulated reductions."""

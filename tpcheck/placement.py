@@ -1,0 +1,52 @@
+"""Where the elements of a logical tensor live on the ranks of a TP group, in DTensor's words.
+
+Requirement: trace points and shards say how a local tensor relates to the whole one without
+importing torch, so that plans, reports and gates can read placements anywhere.
+"""
+
+from dataclasses import dataclass
+
+Region = tuple[slice, ...]
+"""One slice per dim; missing trailing dims mean "all of it"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Rank r holds the r-th piece along `dim`; pieces may differ in size and may be empty."""
+
+    dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Every rank holds the whole tensor, bit for bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Every rank holds a term of the whole shape; `op` over ranks gives the tensor."""
+
+    op: str = "sum"
+
+
+@dataclass(frozen=True, slots=True)
+class Slices:
+    """This rank's pieces, as (local region, global region) pairs of equal size.
+
+    What no local region covers is padding: it belongs to no logical element.
+    """
+
+    pieces: tuple[tuple[Region, Region], ...]
+
+    def __init__(self, pieces: object) -> None:
+        pairs = tuple((_region(local), _region(whole)) for local, whole in pieces)  # type: ignore[attr-defined]
+        object.__setattr__(self, "pieces", pairs)
+
+
+Placement = Shard | Replicate | Partial | Slices
+
+
+def _region(value: object) -> Region:
+    if isinstance(value, slice):
+        return (value,)
+    return tuple(value)  # type: ignore[arg-type]
