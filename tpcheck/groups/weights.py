@@ -65,23 +65,30 @@ class FileStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._mapped = MemoryStore()
+        self._headers: dict[str, tuple[str, torch.dtype, tuple[int, ...]]] = {}
 
     def get(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        return self._mapped.get(key, lambda: self._shared(key, make))
-
-    def _shared(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        header = self.directory / f"{digest}.meta"
         try:
-            with open(self.directory / f"{digest}.lock", "w") as lock:
-                if not header.exists():
-                    fcntl.flock(lock, fcntl.LOCK_EX)
-                if not header.exists():
-                    self._write(digest, make())
-            return self._map(digest)
+            header = self._headers.get(key)
+            if header is None or not os.path.exists(header[0]):
+                header = self._headers[key] = self._shared(key, make)
+            return self._map(*header)
         except OSError:
             return make()
+
+    def _shared(
+        self, key: str, make: Callable[[], torch.Tensor]
+    ) -> tuple[str, torch.dtype, tuple[int, ...]]:
+        digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        meta = self.directory / f"{digest}.meta"
+        if not meta.exists():
+            with open(self.directory / f"{digest}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not meta.exists():
+                    self._write(digest, make())
+        dtype_name, *dims = meta.read_text().split()
+        data = str(self.directory / f"{digest}.data")
+        return data, getattr(torch, dtype_name), tuple(map(int, dims))
 
     def trim(self, max_bytes: int) -> None:
         """Delete the oldest tensors until at most `max_bytes` are left. For the parent, between jobs."""
@@ -102,15 +109,12 @@ class FileStore:
         draft.write_text(" ".join([dtype, *map(str, tensor.shape)]))
         draft.replace(meta)
 
-    def _map(self, digest: str) -> torch.Tensor:
-        dtype_name, *dims = (self.directory / f"{digest}.meta").read_text().split()
-        shape = tuple(map(int, dims))
-        dtype = getattr(torch, dtype_name)
+    @staticmethod
+    def _map(data: str, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         count = math.prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
-        name = str(self.directory / f"{digest}.data")
-        return torch.from_file(name, shared=False, size=count, dtype=dtype).view(shape)
+        return torch.from_file(data, shared=False, size=count, dtype=dtype).view(shape)
 
 
 NamedLoader = tuple[str, Callable[[], torch.Tensor]]
