@@ -16,13 +16,46 @@ from tpcheck.errors import PlanError, TPCheckError
 
 
 @dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rope's frequencies are stretched: "linear" (by factor) or "llama3" (by wavelength)."""
+
+    rope_type: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise PlanError(
+                f"rope_scaling: rope_type={self.rope_type!r}, but should be one of linear, llama3"
+            )
+        for field in dataclasses.fields(self)[1:]:
+            _require_positive(f"rope_scaling: {field.name}", getattr(self, field.name))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise PlanError(
+                f"rope_scaling: low_freq_factor={self.low_freq_factor}, but should be below"
+                f" high_freq_factor={self.high_freq_factor}"
+            )
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any]) -> RopeScaling:
+        """Make a scaling from a dict of its fields."""
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            reason = str(error).removeprefix("RopeScaling.__init__() ")
+            raise PlanError(f"rope_scaling: {reason}") from error
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A decoder, as its config.json describes it.
 
     `head_dim` of 0 and `num_key_value_heads` of 0 mean "derive it", as HF does when the field is
     absent. `qk_norm`: "none", "per_head" (Qwen3) or "across_heads" (OLMo-2). `norm_type`: "rms" or
     "layer". `mlp`: "gated" (SwiGLU family) or "plain" (GPT-2, two linears). `position`: "rope" or
-    "learned".
+    "learned". `sliding_window` of 0 means full attention; else it holds in every layer.
     """
 
     vocab_size: int
@@ -38,6 +71,7 @@ class ModelSpec:
     norm_eps: float = 1e-6
     position: str = "rope"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 2048
     attention_bias: bool = False
     attention_out_bias: bool = False
@@ -52,10 +86,7 @@ class ModelSpec:
         set_ = object.__setattr__
         if self.num_key_value_heads == 0:
             set_(self, "num_key_value_heads", self.num_attention_heads)
-        for name in _SIZES:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise PlanError(f"{name}={value!r}, but should be a whole number of at least 1")
+        self._require_values()
         if self.head_dim == 0:
             if self.hidden_size % self.num_attention_heads:
                 raise PlanError(
@@ -68,6 +99,24 @@ class ModelSpec:
                 f"num_key_value_heads={self.num_key_value_heads}, but should divide"
                 f" num_attention_heads={self.num_attention_heads}"
             )
+        if self.position == "rope" and self.head_dim % 2:
+            raise PlanError(f"head_dim={self.head_dim}, but should be even: rope turns pairs")
+        if isinstance(self.rope_scaling, Mapping):
+            set_(self, "rope_scaling", RopeScaling.from_fields(self.rope_scaling))
+
+    def _require_values(self) -> None:
+        for name in (*_SIZES, *_OPTIONAL_SIZES):
+            least = 1 if name in _SIZES else 0
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise PlanError(
+                    f"{name}={value!r}, but should be a whole number of at least {least}"
+                )
+        for name in ("norm_eps", "rope_theta"):
+            _require_positive(name, getattr(self, name))
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise PlanError(f"{name}={getattr(self, name)!r}, but should be true or false")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise PlanError(
@@ -100,6 +149,14 @@ _SIZES = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
+_OPTIONAL_SIZES = ("head_dim", "sliding_window")
+_FLAGS = (
+    "attention_bias",
+    "attention_out_bias",
+    "mlp_bias",
+    "lm_head_bias",
+    "tie_word_embeddings",
+)
 _CHOICES = {
     "qk_norm": ("none", "per_head", "across_heads"),
     "norm_type": ("rms", "layer"),
@@ -107,6 +164,12 @@ _CHOICES = {
     "position": ("rope", "learned"),
     "hidden_act": ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"),
 }
+
+
+def _require_positive(name: str, value: object) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < float("inf"):  # type: ignore[operator]
+        raise PlanError(f"{name}={value!r}, but should be a positive number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +197,8 @@ class Case:
         """
         match = re.fullmatch(r"s(\d+)-b(\d+)-t(\d+)", case_id)
         if match is None:
-            raise TPCheckError(f"case={case_id!r}, but should look like s7-b2-t16 (seed, batch, length)")
+            raise TPCheckError(
+                f"case={case_id!r}, but should look like s7-b2-t16 (seed, batch, length)"
+            )
         seed, batch, seq_len = map(int, match.groups())
         return cls(seed, batch, seq_len)

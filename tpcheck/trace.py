@@ -27,6 +27,8 @@ class Collective:
 
     def describe(self) -> str:
         """Say the call in one phrase: `all_reduce([4, 64] bfloat16, sum)`."""
+        if not self.dtype:  # a barrier carries no tensor
+            return f"{self.op}()"
         detail = f", {self.detail}" if self.detail else ""
         return f"{self.op}({list(self.shape)} {self.dtype}{detail})"
 

@@ -95,7 +95,10 @@ class TPGroup(Protocol):
         ...
 
 
-Interceptor = Callable[["RecordedGroup", Collective, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor]
+Interceptor = Callable[
+    ["RecordedGroup", Collective, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]],
+    torch.Tensor,
+]
 """(group, call, x, run) -> result. `run(x)` does the collective; a check may look at x, change it,
 change the result, or not run it at all. It is called at size 1 too."""
 
@@ -104,7 +107,8 @@ class Recorder:
     """The log of one rank's collectives, and whoever wants to know what is in flight.
 
     `on_enter(call)` and `on_exit()` let the pool publish the operation in flight to the parent;
-    `fqn` is the module being executed, kept by execution's trace hooks.
+    `fqn` is the module being executed, kept by execution's trace hooks; `inside` is true while a
+    TPGroup collective runs, so that what it calls below is not logged a second time.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class Recorder:
     ) -> None:
         self.calls: list[Collective] = []
         self.fqn = ""
+        self.inside = False
         self._sequence = 0
         self._on_enter = on_enter
         self._on_exit = on_exit
@@ -122,11 +127,13 @@ class Recorder:
         call = Collective(self._sequence, op, shape, dtype, detail, self.fqn)
         self._sequence += 1
         self.calls.append(call)
+        self.inside = True
         if self._on_enter is not None:
             self._on_enter(call)
         return call
 
     def exit(self) -> None:
+        self.inside = False
         if self._on_exit is not None:
             self._on_exit()
 

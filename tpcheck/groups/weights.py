@@ -1,8 +1,8 @@
 """Logical weights: generated once per case, shared by every rank, owned by whoever asks.
 
-Requirement: `tp.weight(name, ...)` has the same values on every rank, degree and process, so it is a
-function of (case seed, name); making it once and handing out copy-on-write views keeps eight ranks
-from drawing the same normals eight times. In one process that is torch's lazy clone; across
+Requirement: `tp.weight(name, ...)` has the same values on every rank, degree and process, so it is
+a function of (case seed, name); making it once and handing out copy-on-write views keeps ranks from
+drawing the same normals eight times. In one process that is torch's lazy clone; across
 processes a private (copy-on-write) file mapping.
 
 [Weight Values] float32 standard normals from a generator seeded by BLAKE2b(seed, name), times std,
@@ -91,7 +91,7 @@ class FileStore:
         return data, getattr(torch, dtype_name), tuple(map(int, dims))
 
     def trim(self, max_bytes: int) -> None:
-        """Delete the oldest tensors until at most `max_bytes` are left. For the parent, between jobs."""
+        """Delete the oldest tensors until `max_bytes` are left. For the parent, between jobs."""
         files = sorted(self.directory.glob("*.data"), key=lambda path: path.stat().st_mtime)
         total = sum(path.stat().st_size for path in files)
         for path in files:
@@ -175,7 +175,7 @@ class WeightSource:
         if self._loaders is None:
             raise SubjectError(
                 "named_weights(): the subject declares no weights;"
-                " pass weights= (a safetensors directory or a dict name -> shape) to @tpcheck.subject"
+                " pass weights= to @tpcheck.subject (a safetensors directory or a dict of shapes)"
             )
         for name, load in self._loaders:
             tensor = load()
@@ -202,7 +202,9 @@ class WeightSource:
             shape = tuple(shape[0])
         for size in shape:
             if not isinstance(size, int) or size < 0:
-                raise SubjectError(f"weight {name!r}: shape={shape}, but should be whole sizes >= 0")
+                raise SubjectError(
+                    f"weight {name!r}: shape={shape}, but should be whole sizes >= 0"
+                )
         return shape
 
 

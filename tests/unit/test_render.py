@@ -1,0 +1,183 @@
+"""Every rendering says what the report says, and nothing a subject names can break out of it."""
+
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+
+from tpcheck.records import OUTCOMES, Check, FirstDivergence, Path, Report, Verdict
+from tpcheck.render.content import MAX_ROWS, findings, headline, rows
+from tpcheck.render.html import render_html
+from tpcheck.render.junit import render_junit
+from tpcheck.render.markdown import render_markdown
+from tpcheck.render.text import WIDTH, render_text
+
+RENDERERS = (render_text, render_html, render_junit, render_markdown)
+GLOO = Path("gloo", {"all_reduce": 4}, False, ("backend gloo, not nccl",))
+NCCL = Path("nccl", {"all_reduce": 4}, True, ())
+HOSTILE = "</pre><script>x</script>]]>|`````\x1b[2J\x00 & @team \udc80\nsecond"
+
+
+def verdict(outcome: str, tp_size: int = 2, case_id: str = "s0-b2-t16", text: str = "x") -> Verdict:
+    bad = outcome not in ("PASS", "INCONCLUSIVE")
+    structural = {"relative_rms": 0.24 if bad else 1e-15, "limit": 1e-12, "dtype": "float64"}
+    checks = {
+        "structural": Check("FAIL" if bad else "PASS", "too far" if bad else "", structural),
+        "drift": Check("PASS", "", {"ratio": 1.1, "expected": 1.05, "limit": 3.0}),
+    }
+    return Verdict(
+        case_id=case_id,
+        tp_size=tp_size,
+        dtype="bfloat16",
+        outcome=outcome,
+        checks=checks,
+        reasons=() if outcome == "PASS" else (f"structural: {text}",),
+        first_divergence=FirstDivergence(text, 1, "[0]", 3.0) if bad else None,
+        repro="tpcheck run models.py:build --tp 2",
+    )
+
+
+def report(*verdicts: Verdict, path: Path = GLOO, subject: str = "models.py:build") -> Report:
+    return Report(subject, verdicts, {"torch": "2.13.0", "device": "cpu"}, path, "0.1.0")
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_the_first_line_starts_with_the_outcome(outcome: str) -> None:
+    assert render_text(report(verdict(outcome))).startswith(outcome)
+
+
+def test_the_headline_says_which_path_was_not_run() -> None:
+    passing = report(verdict("PASS"))
+    expected = "PASS (structure); deployed path not exercised: nccl"
+    assert headline(passing) == expected
+    for render in RENDERERS:
+        assert expected.replace("(", "(") in render(passing)
+    assert "not exercised" not in render_text(report(verdict("PASS"), path=NCCL))
+
+
+def test_a_pass_on_the_deployed_path_is_one_line() -> None:
+    first = render_text(report(verdict("PASS"), verdict("PASS", 4), path=NCCL)).splitlines()[0]
+    assert first == "PASS  models.py:build  tp 2, 4 · bfloat16 · nccl"
+
+
+def test_drift_leads_with_what_judge_said_first() -> None:
+    sentence = "same function; your tolerance 1e-2 is below this dtype's floor"
+    drifted = verdict("DRIFT")
+    drifted = Verdict(
+        drifted.case_id, 2, "bfloat16", "DRIFT", drifted.checks, (sentence, "allclose: y")
+    )
+    assert headline(report(drifted, path=NCCL)) == f"DRIFT: {sentence}"
+
+
+def test_every_line_fits_but_the_one_to_paste() -> None:
+    many = [
+        verdict(outcome, size, text="a long sentence " * 30)
+        for size in (2, 16)
+        for outcome in OUTCOMES
+    ]
+    for line in render_text(report(*many)).splitlines():
+        assert len(line) <= WIDTH or line.startswith("  repro: ")
+
+
+def test_three_findings_and_a_count_the_worst_first() -> None:
+    text = render_text(
+        report(*[verdict("DRIFT", size) for size in (2, 3, 4, 5)], verdict("WRONG", 8))
+    )
+    assert text.count("repro:") == 3
+    assert "... and 2 more that are not PASS" in text
+    assert text.index("WRONG  s0-b2-t16 tp=8") < text.index("DRIFT  s0-b2-t16 tp=2")
+
+
+def test_many_passes_share_a_row_that_shows_the_largest_number() -> None:
+    passes = [verdict("PASS", 2, case_id=f"s{i}-b2-t16") for i in range(MAX_ROWS)]
+    worst = Check("PASS", "", {"relative_rms": 7e-13, "limit": 1e-12})
+    odd = Verdict("s99-b2-t16", 2, "bfloat16", "PASS", {"structural": worst})
+    shown = rows(report(*passes, odd, verdict("WRONG", 4)))
+    assert [row[0] for row in shown] == ["s0-b2-t16", f"{MAX_ROWS + 1} cases"]
+    assert shown[1][4] == "7e-13 / 1e-12"
+
+
+def test_a_number_that_was_not_finite_is_named_and_not_shown_as_zero() -> None:
+    checks = {"drift": Check("FAIL", "overflow", {"ratio": None, "limit": 3.0})}
+    text = render_text(report(Verdict("s0-b1-t1", 2, "float16", "DRIFT", checks)))
+    assert "not finite / 3" in text
+    assert "ratio not finite, limit 3" in text
+
+
+def test_skipped_checks_are_named_with_their_reason_and_count() -> None:
+    checks = {"tiling": Check("SKIPPED", "the subject exposes no shards")}
+    text = render_text(report(Verdict("s0-b1-t1", 2, "float16", "INCONCLUSIVE", checks)))
+    assert "skipped  " in text
+    assert "tiling: the subject exposes no shards (in 1)" in text
+
+
+def test_an_error_shows_every_rank_and_both_ends_of_a_long_stack() -> None:
+    stack = "rank 0 stack:\n" + "\n".join(f"line {i}" for i in range(100))
+    reasons = (
+        "rank 3 was killed by SIGKILL",
+        *[f"rank {i} in flight: #5" for i in range(8)],
+        stack,
+    )
+    text = render_text(report(Verdict("s0-b1-t1", 8, "float16", "ERROR", {}, reasons)))
+    assert "rank 7 in flight: #5" in text
+    assert "line 0\n" in text
+    assert "line 99" in text
+    assert "... 76 more lines" in text
+
+
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_a_ci_that_reads_junit_is_red_unless_pass(outcome: str) -> None:
+    suite = ElementTree.fromstring(render_junit(report(verdict("PASS"), verdict(outcome, 4))))
+    red = int(suite.get("failures", "0")) + int(suite.get("errors", "0"))
+    assert red == (outcome != "PASS")
+    assert len(suite.findall("testcase")) == int(suite.get("tests", "0")) == 2
+
+
+def test_a_report_without_verdicts_is_inconclusive_and_red_everywhere() -> None:
+    empty = report()
+    assert render_text(empty).startswith("INCONCLUSIVE")
+    assert ElementTree.fromstring(render_junit(empty)).get("errors") == "1"
+    for render in RENDERERS:
+        assert "INCONCLUSIVE" in render(empty)
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.tags.append(tag)
+
+
+def test_hostile_names_stay_text_in_every_rendering() -> None:
+    hostile = report(verdict("WRONG", case_id=HOSTILE, text=HOSTILE), subject=HOSTILE)
+    assert "\x1b" not in render_text(hostile)
+    tags = _Tags()
+    tags.feed(render_html(hostile))
+    assert "script" not in tags.tags
+    page = render_html(hostile)
+    assert page.count("<pre>") == page.count("</pre>") == 1
+    suite = ElementTree.fromstring(render_junit(hostile).encode())
+    assert len(suite.findall("testcase/failure")) == 1
+    markdown = render_markdown(hostile)
+    table = [line for line in markdown.splitlines() if line.startswith("| ")]
+    assert len(table) == 3
+    assert {line.replace("\\|", "").count("|") for line in table} == {9}
+    assert "``````text" in markdown
+    for render in RENDERERS:
+        render(hostile).encode("utf-8")
+
+
+def test_html_needs_nothing_from_elsewhere() -> None:
+    page = render_html(report(verdict("WRONG")))
+    assert "http" not in page
+    assert "src=" not in page
+    assert page.startswith("<!doctype html>")
+
+
+def test_findings_hold_what_to_paste_and_one_thing_to_do() -> None:
+    for outcome in OUTCOMES:
+        for finding in findings(report(verdict(outcome))):
+            assert finding.repro.startswith("tpcheck run ")
+            assert finding.next

@@ -1,0 +1,137 @@
+"""Subjects made of the reference decoder: `builtin:NAME[+FAULT]` and `ref:DIR`.
+
+Requirement: a new user has something real to run before writing a line, and every fault of
+`faults.py` can be typed on the command line. Importing this module loads no torch, so that
+`tpcheck run --list` is instant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tpcheck.errors import SubjectError
+from tpcheck.faults import FAULTS, Fault
+from tpcheck.spec import ModelSpec
+from tpcheck.subjects import DEFAULT_SEQ_LEN, Subject, SubjectOptions
+
+if TYPE_CHECKING:
+    from tpcheck.groups.base import TPGroup
+
+_LLAMA = ModelSpec(
+    vocab_size=131,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
+
+BUILTINS: dict[str, tuple[str, ModelSpec]] = {
+    "llama-tiny": ("2 layers, 8 heads over 2 KV heads, SwiGLU, RMSNorm, vocab 131", _LLAMA),
+    "qwen3-tiny": (
+        "q/k norm per head, head_dim 16, 4 KV heads, tied embeddings",
+        replace(
+            _LLAMA,
+            num_key_value_heads=4,
+            head_dim=16,
+            qk_norm="per_head",
+            tie_word_embeddings=True,
+            model_type="qwen3",
+        ),
+    ),
+    "gpt2-tiny": (
+        "LayerNorm, learned positions, GELU MLP, biases everywhere, tied embeddings",
+        replace(
+            _LLAMA,
+            num_key_value_heads=8,
+            mlp="plain",
+            hidden_act="gelu_new",
+            norm_type="layer",
+            norm_eps=1e-5,
+            position="learned",
+            attention_bias=True,
+            attention_out_bias=True,
+            mlp_bias=True,
+            tie_word_embeddings=True,
+            model_type="gpt2",
+        ),
+    ),
+    "olmo2-tiny": (
+        "q/k norm across all heads, attention and MLP biases",
+        replace(
+            _LLAMA,
+            qk_norm="across_heads",
+            attention_bias=True,
+            attention_out_bias=True,
+            mlp_bias=True,
+            model_type="olmo2",
+        ),
+    ),
+}
+
+
+def list_builtins() -> list[tuple[str, str]]:
+    """Return (name, description) of every builtin subject, then of every fault that fits one."""
+    subjects = [(name, description) for name, (description, _) in BUILTINS.items()]
+    return subjects + [(f"llama-tiny+{name}", fault.description) for name, fault in FAULTS.items()]
+
+
+def load_builtin(name: str) -> Subject:
+    """Return `NAME` or `NAME+FAULT` as a subject.
+
+    Raises:
+        SubjectError: no such subject or fault; names those that there are.
+    """
+    base, _, fault_name = name.partition("+")
+    if base not in BUILTINS:
+        raise SubjectError(f"builtin:{name}: there is {', '.join(BUILTINS)}")
+    spec = BUILTINS[base][1]
+    fault = None
+    if "+" in name:
+        fault = FAULTS.get(fault_name)
+        if fault is None:
+            raise SubjectError(
+                f"builtin:{name}: there is no fault {fault_name!r}; there is {', '.join(FAULTS)}"
+            )
+        spec = replace(spec, **fault.needs)
+    return Subject(f"builtin:{name}", partial(_build_generated, spec, fault), _options(spec))
+
+
+def load_directory(directory: str) -> Subject:
+    """Return a local Hugging Face directory, run by the reference decoder.
+
+    Raises:
+        SubjectError: the directory, its config.json or its safetensors are missing.
+        PlanError: the config is malformed, or says something the reference cannot do.
+    """
+    from pathlib import Path
+
+    from tpcheck.hf_config import read_config, spec_from_config
+
+    spec = spec_from_config(read_config(Path(directory)))
+    build = partial(_build_checkpoint, spec, directory)
+    return Subject(f"ref:{directory}", build, _options(spec))
+
+
+def _options(spec: ModelSpec) -> SubjectOptions:
+    longest = min(DEFAULT_SEQ_LEN, spec.max_position_embeddings)
+    return SubjectOptions(vocab_size=spec.vocab_size, seq_len=longest, spec=spec)
+
+
+def _build_generated(spec: ModelSpec, fault: Fault | None, tp: TPGroup) -> Any:
+    from tpcheck.reference.decoder import build_decoder
+
+    decoder = build_decoder(spec, tp)
+    if fault is not None and tp.size > 1:
+        fault.plant(decoder, tp)
+    return decoder
+
+
+def _build_checkpoint(spec: ModelSpec, directory: str, tp: TPGroup) -> Any:
+    from tpcheck.reference.checkpoint import CheckpointWeights
+    from tpcheck.reference.decoder import build_decoder
+
+    return build_decoder(spec, tp, CheckpointWeights(directory, tp))

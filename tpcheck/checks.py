@@ -1,0 +1,244 @@
+"""The checks of numbers: each a pure function from evidence to one Check, with its reason.
+
+Requirement: two signals that are never mixed (structural: is it the same function; drift: how far
+did rounding move it) and beside them the tolerance that people ask for. Each check has a fault that
+only it, or a named other, catches; `tpcheck selfcheck` plants them. What a failed check means is
+verdict.py's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tpcheck.comparison import compare, describe_region, pooled_rms, worst_comparison
+from tpcheck.conduct import rank_agreement, repeatability, schedule, tiling
+from tpcheck.errors import SubjectError
+from tpcheck.evidence import Evidence
+from tpcheck.execution import AGAIN
+from tpcheck.numerics.drift import floored, ratio_limit
+from tpcheck.numerics.tolerance import derived_tolerance, structural_limit
+from tpcheck.numerics.ulp import eps
+from tpcheck.records import FAIL, PASS, SKIPPED, Check, Comparison
+from tpcheck.trace import Trace
+
+
+def structural(evidence: Evidence) -> Check:
+    """TP=N against TP=1 in float64: the same function, up to the noise of its own casts."""
+    if evidence.oracle is None or not evidence.exact:
+        return Check(
+            SKIPPED,
+            "the subject is declared float64=False: a bug below the drift limit would not show",
+        )
+    floor = evidence.floor
+    limit = structural_limit(floor.relative_rms)
+    facts: dict[str, Any] = {"dtype": floor.tier, "limit": limit, "source": floor.source}
+    try:
+        compared = _compare_all(evidence.exact[0], evidence.oracle)
+    except SubjectError as error:
+        return Check(FAIL, str(error), facts)
+    if not any(c.count for c in compared.values()):
+        return Check(SKIPPED, "TP=1 in float64 is not finite anywhere: nothing to compare", facts)
+    where, worst = worst_comparison(compared)
+    facts |= {"relative_rms": worst.relative_rms, "smallest_bug": limit, "worst_input": where}
+    if worst.mask_mismatches:
+        return Check(
+            FAIL, f"{where}: {_mask_reason(evidence.exact[0], evidence.oracle, where)}", facts
+        )
+    if worst.relative_rms > limit:
+        reason = (
+            f"{where}: relative_rms={worst.relative_rms:.3g}, but should be at most {limit:.3g};"
+            f" worst at {list(worst.index)}:"
+            f" {worst.worst_actual:.6g} for {worst.worst_expected:.6g}"
+        )
+        return Check(FAIL, reason, facts)
+    return Check(PASS, "", facts)
+
+
+def drift(evidence: Evidence) -> Check:
+    """The deployed dtype against the oracle, as a ratio to TP=1's own error."""
+    facts: dict[str, Any] = {
+        "expected": evidence.expected,
+        "expected_source": evidence.expected_source,
+    }
+    if evidence.routing_flips or evidence.routing_pinned:
+        facts |= {
+            "routing": "pinned to the reference" if evidence.routing_pinned else "free",
+            "routing_flips": evidence.routing_flips,
+            "routing_margin": evidence.routing_margin,
+        }
+    actual, reference = evidence.deployed[0].outputs, _reference(evidence)
+    pairs = [(actual[key], reference[key]) for key in _common(actual, reference)]
+    if any(got.shape != want.shape for got, want in pairs):
+        return Check(SKIPPED, "TP=N and TP=1 return different shapes", facts)
+    error, magnitude, count = pooled_rms(pairs)
+    if count == 0:
+        return Check(SKIPPED, "no element is finite in both: nothing to compare", facts)
+    step = eps(evidence.dtype)
+    base_error = _base_error(evidence, magnitude)
+    at_1 = floored(base_error, magnitude, step)
+    ratio = error / at_1 if at_1 else (0.0 if error == 0 else math.inf)
+    limit = ratio_limit(evidence.expected)
+    facts |= {
+        "ratio": ratio,
+        "limit": limit,
+        "epsilons": error / (step * magnitude) if magnitude else None,
+        "tp1_epsilons": base_error / (step * magnitude) if magnitude else None,
+        "smallest_bug": limit * at_1 / magnitude if magnitude else None,
+        "oracle": evidence.oracle_dtype if evidence.oracle is not None else "TP=1 itself",
+    }
+    overflow = _overflow(evidence)
+    if overflow:
+        return Check(FAIL, overflow, facts)
+    if ratio > limit:
+        reason = (
+            f"error is {ratio:.3g} x that of TP=1, but should be at most {limit:.3g}:"
+            f" this reduction explains {evidence.expected:.3g} ({evidence.expected_source})"
+        )
+        return Check(FAIL, reason, facts)
+    return Check(PASS, "", facts)
+
+
+def allclose(evidence: Evidence) -> Check:
+    """TP=N against TP=1 in the deployed dtype; a user's tolerance decides, a derived one not."""
+    compared_traces = (evidence.deployed[0], evidence.base)
+    reference = _reference(evidence)
+    base_error, magnitude, _ = pooled_rms(
+        [
+            (evidence.base.outputs[key], reference[key])
+            for key in _common(evidence.base.outputs, reference)
+        ]
+    )
+    if evidence.base_error is not None:
+        base_error = evidence.base_error
+    at_1 = floored(base_error, magnitude, eps(evidence.dtype))
+    count = sum(t.numel() for t in evidence.base.outputs.values())
+    tolerance = evidence.tolerance or derived_tolerance(at_1, ratio_limit(evidence.expected), count)
+    facts: dict[str, Any] = {
+        "atol": tolerance.atol,
+        "rtol": tolerance.rtol,
+        "source": tolerance.source,
+        "decides": tolerance.decides,
+    }
+    try:
+        own = _compare_all(evidence.base, evidence.oracle or evidence.base, rtol=tolerance.rtol)
+        facts["tp1_error"] = max((c.required_atol for c in own.values()), default=0.0)
+        compared = _compare_all(*compared_traces, rtol=tolerance.rtol, atol=tolerance.atol)
+    except SubjectError as error:
+        return Check(FAIL, str(error), facts)
+    where, worst = max(compared.items(), key=lambda item: item[1].required_atol)
+    facts["required_atol"] = worst.required_atol
+    masks = sum(c.mask_mismatches for c in compared.values())
+    if worst.required_atol <= tolerance.atol and not masks:
+        return Check(PASS, "", facts)
+    mismatched = sum(c.mismatches for c in compared.values())
+    reason = (
+        f"{where}: {mismatched} of {count} elements outside atol={tolerance.atol:.3g},"
+        f" rtol={tolerance.rtol:.3g} ({tolerance.source}); smallest atol that passes:"
+        f" {worst.required_atol:.3g}; worst at {list(worst.index)}: {worst.worst_actual:.6g}"
+        f" for {worst.worst_expected:.6g}, {worst.worst_ulp:.3g} ulp"
+    )
+    return Check(FAIL, reason, facts)
+
+
+def decode(evidence: Evidence) -> Check:
+    """Prefill, then one token at a time: the logits of a whole forward, at every position."""
+    if evidence.oracle is None or not evidence.exact:
+        return Check(SKIPPED, "needs a float64 run")
+    if "decode" not in evidence.exact[0].outputs:
+        return Check(SKIPPED, "the subject has no prefill and step")
+    limit = structural_limit(evidence.floor.relative_rms)
+    want = evidence.oracle.outputs["A"]
+    for degree, trace in ((1, evidence.oracle), (evidence.tp_size, evidence.exact[0])):
+        got = trace.outputs.get("decode")
+        if got is None:
+            return Check(SKIPPED, "the subject has no prefill and step at TP=1")
+        want_here = want if got.shape == want.shape else want[:, -got.shape[1] :]
+        try:
+            worst = compare(got, want_here)
+        except SubjectError as error:
+            return Check(FAIL, f"decode at TP={degree}: {error}")
+        if worst.mask_mismatches or worst.relative_rms > limit:
+            return Check(
+                FAIL,
+                f"decode at TP={degree}: logits differ from a whole forward,"
+                f" relative_rms={worst.relative_rms:.3g}, but should be at most {limit:.3g};"
+                f" worst at {list(worst.index)}",
+                {"relative_rms": worst.relative_rms, "limit": limit},
+            )
+    return Check(PASS, "", {"relative_rms": worst.relative_rms, "limit": limit})
+
+
+CHECKS = {
+    "structural": structural,
+    "drift": drift,
+    "allclose": allclose,
+    "rank_agreement": rank_agreement,
+    "repeatability": repeatability,
+    "schedule": schedule,
+    "tiling": tiling,
+    "decode": decode,
+}
+
+
+def run_checks(evidence: Evidence) -> dict[str, Check]:
+    """Return every check's result, in the order reports show them."""
+    return {"plan": Check(PASS)} | {name: check(evidence) for name, check in CHECKS.items()}
+
+
+def _compare_all(
+    actual: Trace, expected: Trace, *, rtol: float = 0.0, atol: float = 0.0
+) -> dict[str, Comparison]:
+    compared = {}
+    for key in _common(actual.outputs, expected.outputs):
+        try:
+            compared[key] = compare(
+                actual.outputs[key], expected.outputs[key], rtol=rtol, atol=atol
+            )
+        except SubjectError as error:
+            raise SubjectError(f"{key}: {error}") from error
+    return compared
+
+
+def _common(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> list[str]:
+    return [key for key in a if key in b and key not in (AGAIN, "decode")]
+
+
+def _reference(evidence: Evidence) -> Mapping[str, torch.Tensor]:
+    return (evidence.oracle or evidence.base).outputs
+
+
+def _base_error(evidence: Evidence, magnitude: float) -> float:
+    if evidence.base_error is not None:
+        return evidence.base_error
+    reference = _reference(evidence)
+    outputs = evidence.base.outputs
+    return pooled_rms([(outputs[key], reference[key]) for key in _common(outputs, reference)])[0]
+
+
+def _mask_reason(actual: Trace, expected: Trace, key: str) -> str:
+    got, want = actual.outputs[key], expected.outputs[key]
+    bad = got.isfinite() != want.isfinite()
+    return (
+        f"{int(bad.sum())} elements are finite on one side only, at {describe_region(bad)}:"
+        f" TP=N has {int(got.isnan().sum())} NaN and {int(got.isinf().sum())} inf,"
+        f" TP=1 {int(want.isnan().sum())} and {int(want.isinf().sum())}"
+    )
+
+
+def _overflow(evidence: Evidence) -> str:
+    actual, reference = evidence.deployed[0].outputs, _reference(evidence)
+    for key in _common(actual, reference):
+        bad = ~actual[key].isfinite() & reference[key].isfinite()
+        if bad.any():
+            base = evidence.base.outputs[key]
+            also = int((~base.isfinite() & reference[key].isfinite()).sum())
+            return (
+                f"{key}: {int(bad.sum())} elements are not finite in {evidence.dtype} but are in"
+                f" {evidence.oracle_dtype}, at {describe_region(bad)}: overflow"
+                f" (TP=1 in {evidence.dtype} has {also})"
+            )
+    return ""

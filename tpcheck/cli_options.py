@@ -1,0 +1,104 @@
+"""The options that commands share, each defined once: name, range, help.
+
+Requirement: an option means the same in every command. Ranges are checked before anything is
+imported or started. The list is frozen by tests/test_cli_options.py.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tpcheck.errors import TPCheckError
+
+
+class Backend(StrEnum):
+    """Where ranks run."""
+
+    auto = "auto"
+    sim = "sim"
+    gloo = "gloo"
+    nccl = "nccl"
+
+
+class DType(StrEnum):
+    """The dtypes a model is deployed in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+
+
+def parse_tp_sizes(text: str | None) -> tuple[int, ...] | None:
+    """Return the degrees of `--tp 2,4,8` in order, each once; None stands for the default.
+
+    Raises:
+        TPCheckError: not whole numbers of at least 1, separated by commas.
+    """
+    if text is None:
+        return None
+    pieces = [piece.strip() for piece in text.split(",")]
+    if not all(piece.isascii() and piece.isdigit() and int(piece) > 0 for piece in pieces):
+        raise TPCheckError(f"--tp={text!r}, but should be whole numbers of at least 1 like 2,4,8")
+    return tuple(dict.fromkeys(int(piece) for piece in pieces))
+
+
+def _tolerance(param: typer.CallbackParam, value: float | None) -> float | None:
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise TPCheckError(f"--{param.name}={value}, but should be a finite number of at least 0")
+    return value
+
+
+def _seconds(value: float) -> float:
+    if not (math.isfinite(value) and value > 0):
+        raise TPCheckError(f"--timeout={value}, but should be a finite number of seconds above 0")
+    return value
+
+
+Tp = Annotated[str | None, typer.Option("--tp", metavar="2,4,8", help="Degrees to run.")]
+BackendOption = Annotated[
+    Backend, typer.Option("--backend", help="auto: nccl if there are enough GPUs, else gloo.")
+]
+RanksPerGpu = Annotated[
+    int | None, typer.Option("--ranks-per-gpu", min=1, help="Several NCCL ranks on one GPU.")
+]
+DTypes = Annotated[
+    list[DType], typer.Option("--dtype", metavar="|".join(DType), help="Repeatable.")
+]
+Cases = Annotated[int, typer.Option("--cases", min=1, help="How many seeds or generated cases.")]
+MaxFailures = Annotated[
+    int | None, typer.Option("--max-failures", min=1, help="Stop after so many failing verdicts.")
+]
+CaseId = Annotated[str | None, typer.Option("--case", metavar="ID", help="Run this case only.")]
+Until = Annotated[
+    str | None, typer.Option("--until", metavar="FQN", help="Trace up to this module only.")
+]
+Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Pin the batch size.")]
+SeqLen = Annotated[int | None, typer.Option("--seq-len", min=1, help="Pin the sequence length.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first case.")]
+Atol = Annotated[
+    float | None, typer.Option("--atol", callback=_tolerance, help="Your tolerance: it decides.")
+]
+Rtol = Annotated[
+    float | None, typer.Option("--rtol", callback=_tolerance, help="Your tolerance: it decides.")
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", metavar="seed-1e-2", help="A named tolerance.")
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", metavar="S", callback=_seconds, help="Seconds per case.")
+]
+JsonPath = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", help="Write the report; - is stdout.")
+]
+HtmlPath = Annotated[Path | None, typer.Option("--html", metavar="PATH", help="Write a page.")]
+JunitPath = Annotated[Path | None, typer.Option("--junit", metavar="PATH", help="Write JUnit XML.")]
+MarkdownPath = Annotated[
+    Path | None, typer.Option("--markdown", metavar="PATH", help="Write Markdown.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the first line only, no progress.")]
+NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar on stderr.")]

@@ -1,0 +1,124 @@
+"""compare(actual, expected) -> Comparison: numbers about two tensors, never a judgement.
+
+Requirement: position-exact (a sorted or multiset comparison hides every layout bug), masks of
+non-finite values first and apart from every norm, the worst element with both its values, and the
+smallest tolerance that would have passed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from tpcheck.errors import SubjectError
+from tpcheck.numerics.ulp import in_ulp
+from tpcheck.records import Comparison
+
+
+def compare(
+    actual: torch.Tensor,
+    expected: torch.Tensor,
+    *,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    dtype: torch.dtype | str | None = None,
+) -> Comparison:
+    """Compare two tensors element by element in float64.
+
+    Args:
+        actual: what was computed.
+        expected: what it is held against; same shape.
+        rtol: relative part of the tolerance that `mismatches` and `required_atol` refer to.
+        atol: absolute part.
+        dtype: whose ulp `worst_ulp` is in; by default that of `actual`.
+
+    Raises:
+        SubjectError: the shapes differ; the message names both.
+    """
+    if actual.shape != expected.shape:
+        raise SubjectError(
+            f"shape={list(actual.shape)}, but should be {list(expected.shape)} as at TP=1"
+        )
+    got, want = actual.detach().to(torch.float64), expected.detach().to(torch.float64)
+    same_mask = _classes(got) == _classes(want)
+    finite = got.isfinite() & want.isfinite()
+    error = torch.where(finite, (got - want).abs(), 0.0)
+    held = torch.where(finite, want, 0.0)
+    excess = error - rtol * held.abs()
+    count = int(finite.sum())
+    rms_error, rms_expected = _rms(error, count), _rms(held, count)
+    index = _unravel(int(error.argmax()), error.shape) if error.numel() else ()
+    worst = float(error[index]) if error.numel() else 0.0
+    return Comparison(
+        count=count,
+        mismatches=int((excess > atol).sum()) + int((~same_mask).sum()),
+        mask_mismatches=int((~same_mask).sum()),
+        rms_error=rms_error,
+        rms_expected=rms_expected,
+        relative_rms=relative(rms_error, rms_expected),
+        worst_error=worst,
+        worst_actual=float(got[index]) if error.numel() else 0.0,
+        worst_expected=float(want[index]) if error.numel() else 0.0,
+        worst_ulp=in_ulp(worst, float(want[index]), dtype or actual.dtype) if count else 0.0,
+        index=index,
+        required_atol=max(0.0, float(excess.max())) if error.numel() else 0.0,
+    )
+
+
+def relative(error: float, expected: float) -> float:
+    """Return error / expected, 0 for no error at all, infinity for an error over nothing."""
+    if error == 0:
+        return 0.0
+    return error / expected if expected else math.inf
+
+
+def pooled_rms(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float, int]:
+    """Return rms(actual - expected), rms(expected) and the count over all pairs together."""
+    squares = wanted = 0.0
+    count = 0
+    for actual, expected in pairs:
+        got, want = actual.to(torch.float64), expected.to(torch.float64)
+        finite = got.isfinite() & want.isfinite()
+        squares += float(torch.where(finite, got - want, 0.0).square().sum())
+        wanted += float(torch.where(finite, want, 0.0).square().sum())
+        count += int(finite.sum())
+    return math.sqrt(squares / max(count, 1)), math.sqrt(wanted / max(count, 1)), count
+
+
+def worst_comparison(comparisons: Mapping[str, Comparison]) -> tuple[str, Comparison]:
+    """Return the input whose comparison is furthest off: masks first, then relative rms."""
+    return max(
+        comparisons.items(), key=lambda item: (item[1].mask_mismatches, item[1].relative_rms)
+    )
+
+
+def describe_region(bad: torch.Tensor) -> str:
+    """Return the smallest box round the true elements of a mask: `[0, 5, 32:64]`."""
+    if bad.ndim == 0:
+        return "[]"
+    at = bad.nonzero()
+    if len(at) == 0:
+        return ""
+    parts = []
+    for low, high in zip(at.amin(0).tolist(), at.amax(0).tolist(), strict=True):
+        parts.append(str(low) if low == high else f"{low}:{high + 1}")
+    return f"[{', '.join(parts)}]"
+
+
+def _classes(x: torch.Tensor) -> torch.Tensor:
+    """0 finite, 1 NaN, 2 +inf, 3 -inf: compared by position before anything else."""
+    return x.isnan() * 1 + (x == math.inf) * 2 + (x == -math.inf) * 3
+
+
+def _rms(x: torch.Tensor, count: int) -> float:
+    return math.sqrt(float(x.square().sum()) / count) if count else 0.0
+
+
+def _unravel(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    index = []
+    for size in reversed(shape):
+        flat, position = divmod(flat, size)
+        index.append(position)
+    return tuple(reversed(index))

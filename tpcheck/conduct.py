@@ -1,0 +1,182 @@
+"""Checks of conduct: facts about ranks, calls and shards that no tolerance enters.
+
+Requirement: same bits on every rank, same bits again, the same schedule, shards that tile. Each has
+a fault that leaves the numbers of rank 0 untouched, so that only it can see it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tpcheck.comparison import describe_region
+from tpcheck.evidence import Evidence
+from tpcheck.execution import AGAIN
+from tpcheck.placement import Placement, Shard, Slices
+from tpcheck.records import FAIL, PASS, SKIPPED, Check
+from tpcheck.sharding import tiling_problems
+from tpcheck.trace import Collective, Trace
+
+
+def rank_agreement(evidence: Evidence) -> Check:
+    """Every rank returns the same bits, in both dtypes."""
+    if evidence.logits == "rank0":
+        return Check(SKIPPED, 'the subject declares logits="rank0"')
+    for traces in (evidence.exact, evidence.deployed):
+        for key in traces[0].digests if traces else ():
+            digests = [trace.digests.get(key) for trace in traces]
+            common = Counter(digests).most_common(1)[0][0]
+            odd = [rank for rank, value in enumerate(digests) if value != common]
+            if odd:
+                detail = _disagreement(traces, key, odd[0])
+                return Check(
+                    FAIL, f"{key}: {_ranks(odd)} returned other bits than the rest{detail}"
+                )
+    return Check(PASS)
+
+
+def repeatability(evidence: Evidence) -> Check:
+    """Inputs A, B, A on one built subject: the second A has the first one's bits on every rank."""
+    seen = False
+    for traces in (evidence.exact, evidence.deployed):
+        for trace in traces:
+            if AGAIN not in trace.digests:
+                continue
+            seen = True
+            if trace.digests[AGAIN] != trace.digests["A"]:
+                if not evidence.repeatable_base and trace.outputs and _on_gpu(trace):
+                    return Check(SKIPPED, "TP=1 itself does not repeat its bits on this GPU")
+                return Check(
+                    FAIL,
+                    f"rank {trace.rank}: the same input gave other bits after another input"
+                    f"{_change(trace)}: state leaks from one call into the next",
+                )
+    return Check(PASS) if seen else Check(SKIPPED, "no input was run twice")
+
+
+def schedule(evidence: Evidence) -> Check:
+    """The same sequence of collectives on every rank, forward by forward."""
+    for traces in (evidence.exact, evidence.deployed):
+        for trace in traces[1:]:
+            for phase, calls in traces[0].collectives.items():
+                problem = _schedule_difference(calls, trace.collectives.get(phase, ()))
+                if problem:
+                    here, there = problem
+                    return Check(
+                        FAIL, f"{phase}: rank 0 called {here}, rank {trace.rank} called {there}"
+                    )
+    counts = Counter(call.op for call in evidence.deployed[0].collectives.get("A", ()))
+    return Check(PASS, "", {"per_forward": dict(sorted(counts.items()))})
+
+
+def tiling(evidence: Evidence) -> Check:
+    """Exposed shards hold each logical element at least once, with the values TP=1 has."""
+    shards = [trace.extras.get("shards") for trace in evidence.deployed]
+    skipped = Check(SKIPPED, "the subject exposes no shards")
+    problems = _consumption_problems(evidence)
+    if any(s is None for s in shards):
+        return Check(FAIL, "; ".join(problems)) if problems else skipped
+    whole = evidence.base.extras.get("shards") or {}
+    names = list(dict.fromkeys(name for held in shards for name in held or {}))
+    for name in names:
+        missing = [rank for rank, held in enumerate(shards) if name not in (held or {})]
+        if missing:
+            problems.append(f"{name}: {_ranks(missing)} expose no shard of it")
+            continue
+        entries = [held[name] for held in shards if held is not None]
+        locals_, placements = [e[0] for e in entries], [e[1] for e in entries]
+        expected = whole.get(name, (None, None))[0]
+        problems += [
+            f"{name}: {problem}"
+            for problem in tiling_problems(
+                _logical_shape(locals_, placements) if expected is None else expected.shape,
+                placements,
+                locals_,
+                expected,
+            )
+        ]
+    facts = {"tensors": len(names), "compared_with_tp1": sum(name in whole for name in names)}
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        return Check(FAIL, "; ".join(problems[:3]) + more, facts)
+    return Check(PASS, "", facts) if names else skipped
+
+
+def _schedule_difference(
+    left: Sequence[Collective], right: Sequence[Collective]
+) -> tuple[str, str] | None:
+    left = [call for call in left if call.op not in ("send", "recv", "recv_any_source")]
+    right = [call for call in right if call.op not in ("send", "recv", "recv_any_source")]
+    for position in range(max(len(left), len(right))):
+        here = left[position] if position < len(left) else None
+        there = right[position] if position < len(right) else None
+        if here is None or there is None or _signature(here) != _signature(there):
+            return tuple(  # type: ignore[return-value]
+                "nothing more" if call is None else f"#{position} {call.describe()}"
+                for call in (here, there)
+            )
+    return None
+
+
+def _signature(call: Collective) -> tuple[Any, ...]:
+    """torch.distributed allows uneven operands in everything but a reduction over equal shapes."""
+    if call.detail == "torch.distributed" and "reduce" not in call.op:
+        return (call.op, call.dtype)
+    return call.signature()
+
+
+def _consumption_problems(evidence: Evidence) -> list[str]:
+    """Names TP=1's loader uses but some rank's does not, or uses another number of times."""
+    problems = []
+    at_1: Mapping[str, int] = evidence.base.extras.get("consumed") or {}
+    for trace in evidence.deployed:
+        consumed: Mapping[str, int] = trace.extras.get("consumed") or {}
+        for name, times in at_1.items():
+            if consumed.get(name, 0) != times:
+                problems.append(
+                    f"named weight {name}: consumed {consumed.get(name, 0)} times on rank"
+                    f" {trace.rank}, but should be {times} as at TP=1"
+                )
+    return problems
+
+
+def _disagreement(traces: Sequence[Trace], key: str, rank: int) -> str:
+    mine, first = traces[rank].outputs.get(key), traces[0].outputs.get(key)
+    if mine is None or first is None or mine.shape != first.shape:
+        return ""
+    return f", first at {describe_region(mine != first)}"
+
+
+def _change(trace: Trace) -> str:
+    before, after = trace.outputs.get("A"), trace.outputs.get(AGAIN)
+    if before is None or after is None or before.shape != after.shape:
+        return ""
+    return f", at {describe_region(before != after)}"
+
+
+def _on_gpu(trace: Trace) -> bool:
+    return str(trace.facts.get("device", "cpu")).startswith("cuda")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _logical_shape(
+    locals_: Sequence[torch.Tensor], placements: Sequence[Placement]
+) -> tuple[int, ...]:
+    """Return the shape the ranks' pieces claim, where TP=1 exposes no such tensor."""
+    shape = list(locals_[0].shape)
+    kind = placements[0]
+    if isinstance(kind, Shard):
+        shape[kind.dim] = sum(local.shape[kind.dim] for local in locals_)
+    elif isinstance(kind, Slices):
+        pieces = [piece for p in placements if isinstance(p, Slices) for piece in p.pieces]
+        shape = [
+            max(whole[dim].stop for _, whole in pieces) if dim < len(pieces[0][1]) else size
+            for dim, size in enumerate(shape)
+        ]
+    return tuple(shape)

@@ -1,0 +1,108 @@
+"""What a run stood on: versions, hardware, numeric flags, the environment variables that matter.
+
+Requirement: two reports that differ can be told apart by what differed around them, and a gate can
+match on it. Importing this module loads no torch; `collect` does. A report is passed around, so
+only variables with the prefixes below are kept, never the value of one that sounds like a secret.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+ENV_PREFIXES = ("NCCL_", "TORCH_", "GLOO_", "CUBLAS_", "NVIDIA_TF32_", "OMP_NUM_THREADS", "MKL_")
+SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
+
+
+def tpcheck_version() -> str:
+    """Return the installed version of tpcheck, `0+unknown` when it runs uninstalled."""
+    return _version("tpcheck") or "0+unknown"
+
+
+def collect(*, backend: str = "", device: str = "cpu") -> dict[str, Any]:
+    """Return everything around a run that can change its numbers, as plain JSON values.
+
+    Args:
+        backend: what carried the collectives, as reports print it.
+        device: where the tensors lived, `cpu` or `cuda`.
+    """
+    return {
+        "tpcheck": tpcheck_version(),
+        "backend": backend,
+        "device": device,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cores": _cores(),
+        "numpy": _version("numpy"),
+        "transformers": _version("transformers"),
+        **_torch_facts(device),
+        "variables": _variables(),
+    }
+
+
+def _torch_facts(device: str) -> dict[str, Any]:
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "tf32": _allows_tf32(matmul),
+        "tf32_cudnn": _allows_tf32(torch.backends.cudnn),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
+        "fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "num_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device.startswith("cuda") and torch.cuda.is_available():
+        nccl: Any = torch.cuda.nccl
+        facts["gpu"] = torch.cuda.get_device_name(0)
+        facts["gpu_count"] = torch.cuda.device_count()
+        facts["nccl"] = ".".join(map(str, nccl.version()))
+    return facts
+
+
+def _allows_tf32(flag: Any) -> bool:
+    # torch refuses to read the old flag once the new one was set, and old releases lack the new one
+    precision = getattr(flag, "fp32_precision", None)
+    if precision is not None and precision != "none":
+        return bool(precision == "tf32")
+    return bool(flag.allow_tf32)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _variables() -> dict[str, str]:
+    return {
+        name: "(hidden)" if any(word in name.upper() for word in SECRET_WORDS) else value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(ENV_PREFIXES)
+    }

@@ -1,0 +1,280 @@
+"""execute(world, task) -> Trace: the only place where a subject runs.
+
+Requirement: whatever the question is (is it the same function, how far did it drift, where does it
+diverge), one rank does the same thing: build the subject once, call it on inputs that are the same
+at every degree, and hand back outputs, digests and what it saw on the way. It never judges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from tpcheck.errors import SubjectError
+from tpcheck.groups.base import RecordedGroup
+from tpcheck.groups.jobs import World
+from tpcheck.observation.consumption import Consumption, offer_weights
+from tpcheck.observation.dispatch import Choice, Watch
+from tpcheck.observation.injection import reduction_noise
+from tpcheck.observation.modules import ModuleTracer, replay_modules, traced_modules
+from tpcheck.spec import ModelSpec
+from tpcheck.subjects import Subject, SubjectRef, resolve, with_spec
+from tpcheck.trace import Trace
+
+AGAIN = "A again"
+"""The output of the repeated input; it must have the bits of the first A."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One build of a subject and the forwards to run on it.
+
+    inputs: input id -> arguments of forward. order: the ids to run; a repeated "A" is stored as
+    "A again". watch: see casts, choices and torch.distributed calls. perturb_seed: move narrow
+    casts by half an ulp. noise_dtype: add to every reduction the rounding this dtype must cost.
+    pinned: input id -> choices to impose on top-k. trace: input id whose modules are recorded;
+    replay: reference inputs by FQN for modules with declared placements.
+    """
+
+    subject: SubjectRef
+    seed: int
+    dtype: str
+    weight_dtype: str
+    inputs: Mapping[str, tuple[torch.Tensor, ...]]
+    order: tuple[str, ...]
+    spec: ModelSpec | None = None
+    watch: bool = False
+    perturb_seed: int | None = None
+    perturb_weights: int | None = None
+    noise_dtype: str = ""
+    noise_kind: str = "ring"
+    pinned: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
+    trace: str = ""
+    until: str = ""
+    replay: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    shards: bool = False
+    decode: bool = False
+    every_output: bool = False
+
+
+def execute(world: World, task: Task) -> Trace:
+    """Build the task's subject on this rank and run its forwards in order.
+
+    Raises:
+        SubjectError: the subject breaks its own declaration (no callable, no tensor, other shapes).
+        Exception: whatever the subject raises.
+    """
+    dtype, weight_dtype = getattr(torch, task.dtype), getattr(torch, task.weight_dtype)
+    subject = resolve(task.subject)
+    if task.spec is not None:
+        subject = with_spec(subject, task.spec)
+    torch.manual_seed(task.seed)
+    group = cast(RecordedGroup, world.group(seed=task.seed, dtype=dtype, weight_dtype=weight_dtype))
+    consumption = Consumption(group.weights)
+    if task.perturb_weights is not None:
+        group.weights.perturb = consumption.half_ulp(task.perturb_weights)
+    offer_weights(group.weights, subject.options.weights)
+    with torch.no_grad():
+        forward = _build(subject, group, consumption)
+        run = _Runner(subject, group, forward, task)
+        return run.everything(consumption)
+
+
+def _build(subject: Subject, group: RecordedGroup, consumption: Consumption) -> Any:
+    arguments: tuple[Any, ...] = (group,)
+    if subject.options.specs is not None and subject.options.spec is not None:
+        arguments = (group, subject.options.spec)
+    offered = subject.options.weights is not None
+    with consumption.watching() if offered else contextlib.nullcontext():
+        forward = subject.build(*arguments)
+    if not callable(forward):
+        raise SubjectError(
+            f"{subject.name}: build(tp) returned {type(forward).__name__},"
+            " but should return a callable forward(inputs) -> logits"
+        )
+    if isinstance(forward, torch.nn.Module):
+        forward.eval()
+    return forward
+
+
+class _Runner:
+    """One built subject and everything a task asks of it."""
+
+    def __init__(self, subject: Subject, group: RecordedGroup, forward: Any, task: Task) -> None:
+        self._subject = subject
+        self._group = group
+        self._forward = forward
+        self._task = task
+        self._outputs: dict[str, torch.Tensor] = {}
+        self._digests: dict[str, str] = {}
+        self._collectives: dict[str, tuple[Any, ...]] = {"build": group.recorder.take()}
+        self._choices: dict[str, list[Choice]] = {}
+        self._casts: dict[tuple[str, str, str], Any] = {}
+        self._unpinned = 0
+        self._extras: dict[str, Any] = {}
+
+    def everything(self, consumption: Consumption) -> Trace:
+        task = self._task
+        if task.noise_dtype:
+            self._group.interceptor = reduction_noise(task.noise_dtype, task.noise_kind, task.seed)
+        for input_id in task.order:
+            name = AGAIN if input_id in self._digests else input_id
+            self._run(name, lambda i=input_id: self._call(self._forward, i), input_id)  # type: ignore[misc]
+        if task.decode and hasattr(self._forward, "prefill") and hasattr(self._forward, "step"):
+            self._run("decode", self._decode, "A")
+        if task.trace:
+            self._trace_modules()
+        if task.shards and hasattr(self._forward, "shards"):
+            self._extras["shards"] = _checked_shards(self._forward.shards())
+        self._extras["choices"] = self._choices
+        self._extras["unpinned"] = self._unpinned
+        self._extras["consumed"] = consumption.counts()
+        return Trace(
+            rank=self._group.rank,
+            outputs=self._outputs,
+            digests=self._digests,
+            collectives=self._collectives,
+            casts=tuple(self._casts.values()),
+            facts=dict(getattr(self._forward, "facts", {}) or {}),
+            extras=self._extras,
+        )
+
+    def _run(self, name: str, call: Callable[[], Any], input_id: str) -> None:
+        with self._watching(name, input_id):
+            output = self._checked(name, call())
+        self._collectives[name] = self._group.recorder.take()
+        if output is None:
+            return
+        self._digests[name] = digest(output)
+        if self._group.rank == 0 or self._task.every_output:
+            self._outputs[name] = output
+
+    @contextlib.contextmanager
+    def _watching(self, name: str, input_id: str) -> Iterator[None]:
+        task = self._task
+        if not (task.watch or task.pinned or task.perturb_seed is not None):
+            yield
+            return
+        generator = None
+        if task.perturb_seed is not None:
+            generator = torch.Generator().manual_seed(task.perturb_seed * 1009 + self._group.rank)
+        pinned = task.pinned.get(input_id)
+        watch = Watch(self._group.recorder, perturb=generator, pinned=pinned)
+        with fqn_hooks(self._forward, self._group), watch:
+            yield
+        if watch.choices:
+            self._choices[name] = watch.choices
+        self._unpinned += watch.unpinned
+        for cast_ in watch.casts:
+            self._casts.setdefault((cast_.fqn, cast_.source, cast_.target), cast_)
+
+    def _call(self, function: Callable[..., Any], input_id: str) -> Any:
+        arguments = [self._prepared(tensor) for tensor in self._task.inputs[input_id]]
+        return function(*arguments)
+
+    def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.to(self._group.device)
+        if tensor.dtype.is_floating_point:
+            return tensor.to(self._group.weight_dtype).to(self._group.dtype)
+        return tensor.clone()
+
+    def _checked(self, name: str, output: Any) -> torch.Tensor | None:
+        output = whole(output)
+        if output is None and self._subject.options.logits == "rank0" and self._group.rank > 0:
+            return None
+        if not isinstance(output, torch.Tensor):
+            raise SubjectError(
+                f"{self._subject.name}: forward({name}) returned {type(output).__name__} on rank"
+                f" {self._group.rank}, but should return a tensor"
+                + ("" if self._group.rank == 0 else ' (or declare logits="rank0")')
+            )
+        return output.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+
+    def _decode(self) -> torch.Tensor | None:
+        """Prefill the first half of A, then step through the rest, one token at a time."""
+        ids = self._prepared(self._task.inputs["A"][0])
+        half = max(1, ids.shape[1] // 2)
+        logits, state = self._forward.prefill(ids[:, :half])
+        pieces = [logits]
+        for position in range(half, ids.shape[1]):
+            logits, state = self._forward.step(ids[:, position : position + 1], state)
+            pieces.append(logits)
+        pieces = [whole(piece) for piece in pieces]
+        if any(piece is None for piece in pieces):
+            return None
+        return torch.cat([p if p.ndim == 3 else p.unsqueeze(1) for p in pieces], 1)
+
+    def _trace_modules(self) -> None:
+        task = self._task
+        points = traced_modules(self._forward)
+        tracer = ModuleTracer(points, self._group, until=task.until)
+        with tracer:
+            self._call(self._forward, task.trace)
+        self._group.recorder.take()
+        self._extras["points"] = tracer.records
+        if task.replay:
+            self._extras["replayed"] = replay_modules(points, task.replay, self._group, tracer)
+
+
+def whole(output: Any) -> Any:
+    """Unwrap what frameworks return: an HF output's logits, a DTensor's full tensor."""
+    if not isinstance(output, torch.Tensor) and hasattr(output, "logits"):
+        output = output.logits
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if hasattr(output, "full_tensor"):
+        output = output.full_tensor()
+    return output
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's bytes, dtype and shape: equal exactly when the bits are."""
+    flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+    header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
+    return hashlib.blake2b(flat.numpy().tobytes() + header, digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def fqn_hooks(forward: Any, group: RecordedGroup) -> Iterator[None]:
+    """While open, `group.recorder.fqn` names the innermost traced module being executed."""
+    handles = []
+    recorder = group.recorder
+    stack: list[str] = []
+    for fqn, point in traced_modules(forward).items():
+
+        def enter(_module: Any, _args: Any, fqn: str = fqn) -> None:
+            stack.append(fqn)
+            recorder.fqn = fqn
+
+        def leave(_module: Any, _args: Any, _output: Any) -> None:
+            stack.pop()
+            recorder.fqn = stack[-1] if stack else ""
+
+        handles.append(point.module.register_forward_pre_hook(enter))
+        handles.append(point.module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        recorder.fqn = ""
+        for handle in handles:
+            handle.remove()
+
+
+def _checked_shards(shards: Any) -> dict[str, tuple[torch.Tensor, Any]]:
+    if not isinstance(shards, Mapping):
+        raise SubjectError(
+            f"forward.shards() returned {type(shards).__name__}, but should return"
+            " {name: (local tensor, placement)}"
+        )
+    checked = {}
+    for name, entry in shards.items():
+        if not (isinstance(entry, tuple) and len(entry) == 2):
+            raise SubjectError(f"forward.shards()[{name!r}] should be (local tensor, placement)")
+        tensor, placement = entry
+        checked[str(name)] = (tensor.detach().to("cpu").contiguous(), placement)
+    return checked

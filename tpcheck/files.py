@@ -1,0 +1,113 @@
+"""Write files in one step, and read JSON that nobody vouches for. Torch-free.
+
+Requirement: a reader never sees half a file, whatever kills the writer, and a JSON file means the
+same to every reader: no NaN or Infinity, no key that stands twice.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+from uuid import uuid4
+
+from tpcheck.errors import TPCheckError
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Replace the file at `path` by `text` and a newline in one step.
+
+    Links are followed. What is there and not a file (a pipe, /dev/stdout) is written to as it is.
+
+    Raises:
+        TPCheckError: the file cannot be written; names the path.
+    """
+    target = Path(os.path.realpath(path))
+    data = (text.rstrip("\n") + "\n").encode("utf-8", errors="backslashreplace")
+    try:
+        if target.exists() and not target.is_file():
+            target.write_bytes(data)
+            return
+        spare = _spare_name(target)
+        try:
+            with spare.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if target.exists():
+                spare.chmod(stat.S_IMODE(target.stat().st_mode))
+            spare.replace(target)
+        finally:
+            spare.unlink(missing_ok=True)
+    except OSError as error:
+        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def assert_writable(path: str | os.PathLike[str]) -> None:
+    """Raise now what `write_text` would raise after the run. Leaves nothing behind.
+
+    Raises:
+        TPCheckError: the file cannot be written; names the path.
+    """
+    target = Path(os.path.realpath(path))
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not target.is_file():
+            if not os.access(target, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return
+        spare = _spare_name(target)
+        spare.open("xb").close()
+        spare.unlink()
+    except OSError as error:
+        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the JSON value in a file, as strict as the standard.
+
+    Raises:
+        TPCheckError: the file cannot be read or is not JSON; names the path.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(
+            text,
+            parse_constant=_no_constant,
+            parse_float=_finite_float,
+            object_pairs_hook=_unique_keys,
+        )
+    except OSError as error:
+        raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise TPCheckError(f"{path}: is not JSON: {error}") from error
+
+
+def _spare_name(target: Path) -> Path:
+    # beside the target, because a file can be replaced in one step only on its own file system
+    return target.with_name(f".{target.name[:80]}.{uuid4().hex}.tmp")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits} is beyond what a float can hold")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return value

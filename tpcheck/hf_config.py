@@ -1,0 +1,256 @@
+"""Read a Hugging Face config.json as a ModelSpec. Torch-free.
+
+Requirement: the spec says the same function as transformers computes from this config, or a
+PlanError names the field and value that the reference decoder cannot do. A field is never ignored
+when it changes the function. Both spellings of rope are read: `rope_theta` with `rope_scaling`, and
+transformers 5's `rope_parameters`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tpcheck.errors import PlanError, SubjectError, TPCheckError
+from tpcheck.files import read_json
+from tpcheck.spec import ModelSpec, RopeScaling
+
+Config = Mapping[str, Any]
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the fields of `directory`/config.json.
+
+    Raises:
+        SubjectError: there is no such directory or file; names the path and what is there.
+        PlanError: the file is not a JSON object.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise SubjectError(
+            f"{directory}: config.json is not there; {describe_directory(directory)}"
+        )
+    try:
+        config = read_json(path)
+    except TPCheckError as error:
+        raise PlanError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise PlanError(f"{path}: a {type(config).__name__}, but should be an object of fields")
+    return config
+
+
+def describe_directory(directory: Path) -> str:
+    """Say what a directory holds instead of what was looked for."""
+    if not directory.is_dir():
+        return "the directory does not exist" if not directory.exists() else "it is a file"
+    names = sorted(path.name for path in directory.iterdir())
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"it holds {shown}" if names else "it is empty"
+
+
+def spec_from_config(config: Config) -> ModelSpec:
+    """Return the spec that a config.json describes.
+
+    Args:
+        config: the fields of a llama, mistral, qwen2, qwen3 or gpt2 config.
+
+    Raises:
+        PlanError: a field is missing, malformed, or something the reference decoder cannot do.
+    """
+    model_type = config.get("model_type")
+    reader = _READERS.get(model_type) if isinstance(model_type, str) else None
+    if reader is None:
+        raise PlanError(
+            f"config: model_type={model_type!r}, but should be one of {', '.join(_READERS)}"
+        )
+    if config.get("quantization_config") is not None:
+        raise PlanError(
+            f"config: quantization_config={config['quantization_config']!r},"
+            " but should be absent: the reference decoder reads unquantized weights only"
+        )
+    fields = {"model_type": model_type, "vocab_size": _required(config, "vocab_size")}
+    fields |= reader(config)
+    try:
+        return ModelSpec.from_fields(fields)
+    except PlanError as error:
+        raise PlanError(f"config: {error}") from error
+
+
+def _llama_like(config: Config) -> dict[str, Any]:
+    return {
+        "hidden_size": _required(config, "hidden_size"),
+        "intermediate_size": _required(config, "intermediate_size"),
+        "num_hidden_layers": _required(config, "num_hidden_layers"),
+        "num_attention_heads": _required(config, "num_attention_heads"),
+        "num_key_value_heads": _get(config, "num_key_value_heads", 0),
+        "head_dim": _get(config, "head_dim", 0),
+        "hidden_act": _get(config, "hidden_act", "silu"),
+        "norm_eps": _get(config, "rms_norm_eps", 1e-6),
+        "max_position_embeddings": _get(config, "max_position_embeddings", 2048),
+        "tie_word_embeddings": _get(config, "tie_word_embeddings", False),
+        **_rope(config),
+    }
+
+
+def _llama(config: Config) -> dict[str, Any]:
+    bias = _get(config, "attention_bias", False)
+    return {
+        **_llama_like(config),
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+        "mlp_bias": _get(config, "mlp_bias", False),
+    }
+
+
+def _mistral(config: Config) -> dict[str, Any]:
+    fields = _llama_like(config)
+    if "num_key_value_heads" not in config:
+        fields["num_key_value_heads"] = 8  # MistralConfig's default; null means "as many as heads"
+    window = config.get("sliding_window", 4096)
+    return {**fields, "sliding_window": _uniform_window(config, window or 0)}
+
+
+def _qwen2(config: Config) -> dict[str, Any]:
+    return {
+        **_llama_like(config),
+        "attention_bias": True,
+        "sliding_window": _qwen_window(config),
+    }
+
+
+def _qwen3(config: Config) -> dict[str, Any]:
+    bias = _get(config, "attention_bias", False)
+    return {
+        **_llama_like(config),
+        "head_dim": _get(config, "head_dim", 128),
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+        "qk_norm": "per_head",
+        "sliding_window": _qwen_window(config),
+    }
+
+
+def _gpt2(config: Config) -> dict[str, Any]:
+    for name, neutral in _GPT2_NEUTRAL.items():
+        _refuse_unless(config, name, neutral)
+    hidden_size = _required(config, "n_embd")
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": config.get("n_inner") or 4 * hidden_size,
+        "num_hidden_layers": _required(config, "n_layer"),
+        "num_attention_heads": _required(config, "n_head"),
+        "hidden_act": _get(config, "activation_function", "gelu_new"),
+        "mlp": "plain",
+        "norm_type": "layer",
+        "norm_eps": _get(config, "layer_norm_epsilon", 1e-5),
+        "position": "learned",
+        "max_position_embeddings": _get(config, "n_positions", 1024),
+        "attention_bias": True,
+        "attention_out_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": _get(config, "tie_word_embeddings", True),
+    }
+
+
+_GPT2_NEUTRAL = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
+_READERS: dict[str, Callable[[Config], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gpt2": _gpt2,
+}
+
+
+def _rope(config: Config) -> dict[str, Any]:
+    """Read rope's base and scaling from either spelling."""
+    name = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
+    rope = _get(config, name, {})
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise PlanError(f"config: {name}={rope!r}, but should be one set of parameters")
+    for where in (config, rope):
+        _refuse_unless(where, "partial_rotary_factor", 1.0)
+    _refuse_unless(rope, "attention_factor", 1.0)
+    theta = rope.get("rope_theta", _get(config, "rope_theta", 10000.0))
+    return {"rope_theta": theta, "rope_scaling": _rope_scaling(name, rope)}
+
+
+def _rope_scaling(name: str, rope: Config) -> RopeScaling | None:
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
+        return None
+    needed = {"linear": ("factor",), "llama3": _LLAMA3_FIELDS}.get(str(rope_type))
+    if needed is None:
+        raise PlanError(
+            f"config: {name}.rope_type={rope_type!r}, but should be one of default, linear, llama3"
+        )
+    values = {field: _required(rope, field, where=f"config: {name}") for field in needed}
+    return RopeScaling.from_fields({"rope_type": rope_type, **values})
+
+
+_LLAMA3_FIELDS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def _qwen_window(config: Config) -> int:
+    """Return Qwen's window: layers from `max_window_layers` on have it, when it is used at all."""
+    if not _get(config, "use_sliding_window", False):
+        return _uniform_window(config, 0)
+    window = _get(config, "sliding_window", 4096)
+    if config.get("layer_types") is not None:
+        return _uniform_window(config, window)
+    layers = _required(config, "num_hidden_layers")
+    first = _get(config, "max_window_layers", 28)
+    if first in range(1, layers):
+        raise PlanError(
+            f"config: max_window_layers={first}, but should be 0 or at least"
+            f" num_hidden_layers={layers}: the reference decoder has one kind of layer"
+        )
+    return int(window) if first == 0 else 0
+
+
+def _uniform_window(config: Config, window: int) -> int:
+    """Return the window of every layer; `layer_types`, where given, must not mix them."""
+    types = config.get("layer_types")
+    if types is None:
+        return window
+    kinds = set(types) if isinstance(types, list) else set()
+    if kinds == {"full_attention"}:
+        return 0
+    if kinds == {"sliding_attention"} and window:
+        return window
+    raise PlanError(
+        f"config: layer_types={types!r}, but should all be full_attention, or all be"
+        " sliding_attention with a window: the reference decoder has one kind of layer"
+    )
+
+
+def _required(config: Config, name: str, where: str = "config") -> Any:
+    value = config.get(name)
+    if value is None:
+        raise PlanError(f"{where}: {name} is missing, but should be given")
+    return value
+
+
+def _get(config: Config, name: str, default: Any) -> Any:
+    value = config.get(name)
+    return default if value is None else value
+
+
+def _refuse_unless(config: Config, name: str, neutral: Any) -> None:
+    value = config.get(name)
+    if value is not None and value != neutral:
+        raise PlanError(
+            f"config: {name}={value!r}, but should be {neutral!r}:"
+            " the reference decoder cannot do otherwise"
+        )

@@ -1,0 +1,100 @@
+"""The inputs of a case: made once, the same at every degree, chosen not to hide bugs.
+
+Requirement: batch rows differ (a hook that returns output[0] is invisible when rows are equal),
+lengths 1, tp-1, tp, tp+1 and the longest are all tried, and the longest runs as A, B, A on one
+built subject so that state leaking from call to call shows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tpcheck.errors import SubjectError
+from tpcheck.spec import Case
+from tpcheck.subjects import Subject
+
+Inputs = Mapping[str, tuple[torch.Tensor, ...]]
+
+
+def sweep_lengths(seq_len: int, tp_sizes: Sequence[int]) -> list[int]:
+    """Return 1, tp-1, tp, tp+1 for every degree, as far as they are shorter than `seq_len`."""
+    wanted = {1} | {tp + step for tp in tp_sizes for step in (-1, 0, 1)}
+    return sorted(length for length in wanted if 1 <= length < seq_len)
+
+
+def make_inputs(subject: Subject, case: Case, tp_sizes: Sequence[int]) -> Inputs:
+    """Return input id -> arguments of forward: `t<length>` for the sweep, then A and B.
+
+    Raises:
+        SubjectError: the subject's own `inputs` raises or returns something else than tensors.
+    """
+    options = subject.options
+    make: Callable[[torch.Generator, int], tuple[torch.Tensor, ...]]
+    if options.inputs is None:
+        vocab, batch = options.vocab_size, case.batch
+        make = lambda generator, length: (token_ids(generator, vocab, batch, length),)  # noqa: E731
+        takes_length = True
+    else:
+        takes_length = _takes_shape(options.inputs)
+        make = lambda generator, length: _users_inputs(subject, generator, case.batch, length)  # noqa: E731
+    lengths = sweep_lengths(case.seq_len, tp_sizes) if options.sweep and takes_length else []
+    made = {f"t{n}": make(_generator(case.seed, n), n) for n in lengths}
+    made["A"] = make(_generator(case.seed, 0), case.seq_len)
+    made["B"] = make(_generator(case.seed, -1), case.seq_len)
+    return made
+
+
+def input_order(inputs: Inputs, tp_size: int | None = None) -> tuple[str, ...]:
+    """Return the ids to run: the sweep's lengths (those of one degree if given), then A, B, A."""
+    lengths = [key for key in inputs if key.startswith("t")]
+    if tp_size is not None:
+        wanted = {f"t{n}" for n in (1, tp_size - 1, tp_size, tp_size + 1)}
+        lengths = [key for key in lengths if key in wanted]
+    return (*lengths, "A", "B", "A")
+
+
+def token_ids(generator: torch.Generator, vocab: int, batch: int, length: int) -> torch.Tensor:
+    """Return int64 [batch, length] below `vocab`; the rows differ wherever they can."""
+    ids = torch.randint(vocab, (batch, length), generator=generator)
+    if vocab >= batch:
+        ids[:, 0] = torch.randperm(vocab, generator=generator)[:batch]
+    return ids
+
+
+def _users_inputs(
+    subject: Subject, generator: torch.Generator, batch: int, length: int
+) -> tuple[torch.Tensor, ...]:
+    function = subject.options.inputs
+    assert function is not None
+    arguments = (generator, batch, length) if _takes_shape(function) else (generator,)
+    try:
+        made: Any = function(*arguments)
+    except Exception as error:
+        raise SubjectError(
+            f"{subject.name}: inputs() raised {type(error).__name__}: {error}"
+        ) from error
+    made = made if isinstance(made, (tuple, list)) else (made,)
+    for tensor in made:
+        if not isinstance(tensor, torch.Tensor):
+            raise SubjectError(
+                f"{subject.name}: inputs() returned {type(tensor).__name__},"
+                " but should return a tensor or a tuple of tensors"
+            )
+    return tuple(tensor.detach().to("cpu") for tensor in made)
+
+
+def _takes_shape(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) >= 3 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def _generator(seed: int, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + stream * 7919 + 12345) % 2**63)

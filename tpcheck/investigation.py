@@ -1,0 +1,404 @@
+"""One case in one dtype: which runs it takes to know, and the evidence they give.
+
+Requirement: most cases need four runs (TP=1 and TP=N, in float64 and in the deployed dtype). More
+are made only when a number needs an explanation: the noise floor of hard casts, routing pinned to
+the reference, the drift this case's own partials explain, the module that diverges first. TP=1 runs
+once for all degrees.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from tpcheck.checks import drift, run_checks, structural
+from tpcheck.comparison import pooled_rms, relative
+from tpcheck.evidence import Evidence, NoiseFloor
+from tpcheck.execution import AGAIN, Task
+from tpcheck.groups.jobs import Job, Ranks
+from tpcheck.inputs import input_order, make_inputs
+from tpcheck.localization import locate
+from tpcheck.numerics.drift import ASSUMED_ERROR, expected_ratio, floored, ratio_limit
+from tpcheck.numerics.tolerance import STRUCTURAL_LIMIT, Tolerance, structural_limit
+from tpcheck.numerics.ulp import eps
+from tpcheck.observation.dispatch import Choice
+from tpcheck.records import FAIL, Check, FirstDivergence
+from tpcheck.spec import Case
+from tpcheck.subjects import Subject, SubjectRef
+from tpcheck.trace import NarrowCast, RankFailure, Trace
+
+_NOISE_SEED = 1
+_TIE = 1e-9
+"""A choice between values closer than this (relative) is a tie that float64 rounding may break."""
+
+
+class JobFailed(Exception):
+    """A job ended without replies."""
+
+    def __init__(self, failure: RankFailure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What holds for every case of a run."""
+
+    tp_sizes: tuple[int, ...]
+    tolerance: Tolerance | None = None
+    timeout_s: float = 120.0
+    until: str = ""
+    reduction: str = "ring"
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What one (case, degree, dtype) came to."""
+
+    checks: Mapping[str, Check]
+    first_divergence: FirstDivergence | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    collectives: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Investigation:
+    """Runs one case of a subject in one deployed dtype, at any number of degrees."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        ref: SubjectRef,
+        subject: Subject,
+        case: Case,
+        dtype: str,
+        settings: Settings,
+    ) -> None:
+        self._ranks = ranks
+        self._subject = subject
+        self._dtype = dtype
+        self._settings = settings
+        self._inputs = make_inputs(subject, case, settings.tp_sizes)
+        self._task = Task(
+            subject=ref,
+            seed=case.seed,
+            dtype=dtype,
+            weight_dtype=dtype,
+            inputs=self._inputs,
+            order=(),
+            spec=subject.options.spec if subject.options.specs is not None else None,
+        )
+        self._deadline = math.inf
+
+    def findings(self, tp_size: int) -> Findings:
+        """Run what it takes at one degree and return every check.
+
+        Raises:
+            JobFailed: a rank raised, died or hung; the failure says which and where.
+        """
+        self._start_clock()
+        oracle, base = self._oracle, self._base
+        self._start_clock()
+        exact, deployed = self._at_degree(tp_size)
+        evidence = Evidence(
+            dtype=self._dtype,
+            tp_size=tp_size,
+            base=base,
+            deployed=deployed,
+            oracle=oracle,
+            exact=exact,
+            oracle_dtype=self._oracle_dtype or self._dtype,
+            expected=self._planned_ratio(tp_size),
+            expected_source=f"{self._settings.reduction} of {tp_size} equal, independent partials",
+            base_error=self._base_error_without_oracle,
+            tolerance=self._settings.tolerance,
+            logits=self._subject.options.logits,
+            **self._routing(deployed),
+        )
+        evidence, notes = self._explained(evidence)
+        checks = run_checks(evidence)
+        divergence, more = self._first_divergence(evidence, checks)
+        counts = checks["schedule"].facts.get("per_forward", {})
+        return Findings(checks, divergence, deployed[0].facts, counts, (*notes, *more))
+
+    # TP=1, once for all degrees.
+
+    @cached_property
+    def _oracle_dtype(self) -> str:
+        """float64, or the widest the subject admits to, or nothing."""
+        if self._subject.options.float64:
+            return "float64"
+        return "" if self._dtype == "float32" else "float32"
+
+    @cached_property
+    def _oracle(self) -> Trace | None:
+        if self._subject.options.float64:
+            return self._run(self._exact_task(self._all_lengths), 1)[0]
+        if not self._oracle_dtype:
+            return None
+        try:
+            return self._run(replace(self._exact_task(self._all_lengths), decode=False), 1)[0]
+        except JobFailed:
+            self._oracle_dtype = ""  # fixed-dtype kernels: TP=1 itself is all there is
+            return None
+
+    @cached_property
+    def _base(self) -> Trace:
+        return self._run(self._deployed_task(self._all_lengths, shards=True), 1)[0]
+
+    @cached_property
+    def _base_error_without_oracle(self) -> float | None:
+        """TP=1's response to half an ulp in its own weights, where no wider run can be had."""
+        if self._oracle is not None:
+            return None
+        task = replace(self._deployed_task(self._all_lengths), perturb_weights=_NOISE_SEED)
+        moved = self._run(task, 1)[0]
+        error, magnitude, _ = _distance(moved, self._base)
+        return max(error, ASSUMED_ERROR * eps(self._dtype) * magnitude)
+
+    @property
+    def _all_lengths(self) -> tuple[str, ...]:
+        return input_order(self._inputs)
+
+    @property
+    def _pinned(self) -> Mapping[str, Sequence[Choice]]:
+        return {} if self._oracle is None else self._oracle.extras["choices"]
+
+    # TP=N.
+
+    def _at_degree(self, tp_size: int) -> tuple[Sequence[Trace], Sequence[Trace]]:
+        order = input_order(self._inputs, tp_size)
+        deployed = self._deployed_task(order, shards=True)
+        if not self._subject.options.float64:
+            return (), self._run(deployed, tp_size)
+        exact = self._exact_task(order)
+        if self._ranks.max_size >= 2 * tp_size:
+            first, second = self._run_all([(exact, tp_size), (deployed, tp_size)])
+            return first, second
+        return self._run(exact, tp_size), self._run(deployed, tp_size)
+
+    def _exact_task(self, order: tuple[str, ...]) -> Task:
+        dtype = self._oracle_dtype
+        return replace(self._task, dtype=dtype, order=order, watch=True, decode=True)
+
+    def _deployed_task(self, order: tuple[str, ...], *, shards: bool = False) -> Task:
+        watch = bool(self._pinned) or self._uses_torch_distributed
+        return replace(self._task, order=order, shards=shards, watch=watch, pinned=self._pinned)
+
+    @property
+    def _uses_torch_distributed(self) -> bool:
+        return self._oracle is None or bool(self._oracle.facts.get("process_group"))
+
+    # Explanations: each is a run that is made only when a check asks for it.
+
+    def _explained(self, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
+        evidence = self._with_full_outputs(evidence)
+        evidence = self._with_noise_floor(evidence)
+        evidence, notes = self._with_ties_pinned(evidence)
+        return self._with_expected_drift(evidence), notes
+
+    def _with_full_outputs(self, evidence: Evidence) -> Evidence:
+        """Where ranks disagree, run again with every rank's output, to say where."""
+        for name, traces in (("exact", evidence.exact), ("deployed", evidence.deployed)):
+            keys = traces[0].digests if traces else {}
+            if all(len({t.digests.get(key) for t in traces}) == 1 for key in keys):
+                continue
+            if self._subject.options.logits == "rank0":
+                continue
+            order = input_order(self._inputs, evidence.tp_size)
+            task = self._exact_task(order) if name == "exact" else self._deployed_task(order)
+            again = self._run(replace(task, every_output=True), evidence.tp_size)
+            merged = [
+                replace(old, outputs=new.outputs) if new.digests == old.digests else old
+                for old, new in zip(traces, again, strict=True)
+            ]
+            evidence = replace(evidence, **{name: merged})  # type: ignore[arg-type]
+        return evidence
+
+    def _with_noise_floor(self, evidence: Evidence) -> Evidence:
+        oracle = evidence.oracle
+        if oracle is None or not evidence.exact or structural(evidence).outcome != FAIL:
+            return evidence
+        casts = [*oracle.casts, *(cast for trace in evidence.exact for cast in trace.casts)]
+        if not casts:
+            return evidence
+        keys = [key for key in oracle.outputs if key in ("t1", "A")]
+        task = replace(
+            self._exact_task(tuple(keys)),
+            perturb_seed=_NOISE_SEED,
+            pinned=self._pinned,
+            decode=False,
+        )
+        responses = [
+            _response(self._run(task, 1)[0], oracle),
+            _response(self._run(task, evidence.tp_size)[0], evidence.exact[0]),
+        ]
+        return replace(evidence, floor=_floor(casts, max(responses)))
+
+    def _with_ties_pinned(self, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
+        if evidence.oracle is None or not evidence.exact or not self._pinned:
+            return evidence, ()
+        if structural(evidence).outcome != FAIL:
+            return evidence, ()
+        flips, margin = _flips(evidence.exact[0].extras["choices"], self._pinned)
+        if not flips or margin > max(_TIE, structural_limit(evidence.floor.relative_rms)):
+            return evidence, ()
+        order = input_order(self._inputs, evidence.tp_size)
+        task = replace(self._exact_task(order), pinned=self._pinned)
+        note = f"routing: {flips} ties (margin {margin:.2g}) were pinned to the reference"
+        return replace(evidence, exact=self._run(task, evidence.tp_size)), (note,)
+
+    def _with_expected_drift(self, evidence: Evidence) -> Evidence:
+        check = drift(evidence)
+        ratio, limit = check.facts.get("ratio"), check.facts.get("limit")
+        if check.outcome != FAIL or ratio is None or ratio <= limit or not evidence.exact:
+            return evidence
+        order = tuple(dict.fromkeys(input_order(self._inputs, evidence.tp_size)))
+        task = replace(
+            self._exact_task(order),
+            noise_dtype=self._dtype,
+            noise_kind=self._settings.reduction,
+            pinned=self._pinned,
+            decode=False,
+        )
+        noisy = self._run(task, evidence.tp_size)[0]
+        response, _, _ = _distance(noisy, evidence.exact[0])
+        oracle = evidence.oracle
+        assert oracle is not None
+        error, magnitude, _ = _distance(evidence.base, oracle)
+        at_1 = floored(error, magnitude, eps(self._dtype))
+        if not at_1:
+            return evidence
+        expected = math.sqrt(1 + (response / at_1) ** 2)
+        if expected <= evidence.expected:
+            return evidence
+        source = "the rounding of this case's own partials, injected into float64"
+        return replace(evidence, expected=expected, expected_source=source)
+
+    def _planned_ratio(self, tp_size: int) -> float:
+        ratio = expected_ratio(tp_size, self._settings.reduction)
+        # Without an oracle the reference carries TP=1's own error as well.
+        return ratio if self._oracle is not None else math.sqrt(1 + ratio**2)
+
+    def _routing(self, deployed: Sequence[Trace]) -> dict[str, Any]:
+        if not self._pinned:
+            return {}
+        flips, margin = _flips(deployed[0].extras["choices"], self._pinned)
+        pinned = all(trace.extras["unpinned"] == 0 for trace in deployed)
+        return {
+            "routing_flips": flips,
+            "routing_margin": margin if flips else None,
+            "routing_pinned": pinned,
+        }
+
+    # Where.
+
+    def _first_divergence(
+        self, evidence: Evidence, checks: Mapping[str, Check]
+    ) -> tuple[FirstDivergence | None, tuple[str, ...]]:
+        failed = {name for name, check in checks.items() if check.outcome == FAIL}
+        exact = {"structural", "decode", "rank_agreement"} & failed and evidence.exact
+        if not exact and not (failed & {"drift", "rank_agreement"} or self._settings.until):
+            return None, ()
+        try:
+            where = str(checks["structural"].facts.get("worst_input", "A"))
+            if exact or (self._settings.until and not failed):
+                return self._locate_exact(evidence, where), ()
+            return self._locate_deployed(evidence), ()
+        except JobFailed as error:
+            return None, (f"localization stopped: {error}",)
+
+    def _locate_exact(self, evidence: Evidence, input_id: str) -> FirstDivergence | None:
+        task = replace(self._task, dtype="float64", trace=input_id, until=self._settings.until)
+        reference = self._run(task, 1)[0]
+        replay = {
+            fqn: record.input
+            for fqn, record in reference.extras["points"].items()
+            if record.in_placement is not None and record.input is not None
+        }
+        traces = self._run(replace(task, replay=replay), evidence.tp_size)
+        return locate(reference, traces, limit=structural_limit(evidence.floor.relative_rms))
+
+    def _locate_deployed(self, evidence: Evidence) -> FirstDivergence | None:
+        task = replace(self._task, trace="A", until=self._settings.until)
+        base = self._run(task, 1)[0]
+        wide = replace(task, dtype=self._oracle_dtype) if self._oracle_dtype else task
+        reference = self._run(wide, 1)[0]
+        traces = self._run(task, evidence.tp_size)
+        return locate(
+            reference,
+            traces,
+            limit=eps(self._dtype),
+            base=base,
+            ratio_limit=ratio_limit(evidence.expected),
+        )
+
+    # Jobs.
+
+    def _start_clock(self) -> None:
+        self._deadline = time.monotonic() + self._settings.timeout_s
+
+    def _run(self, task: Task, size: int) -> Sequence[Trace]:
+        return self._run_all([(task, size)])[0]
+
+    def _run_all(self, tasks: Sequence[tuple[Task, int]]) -> list[Sequence[Trace]]:
+        left = max(1.0, self._deadline - time.monotonic())
+        jobs = [Job("tpcheck.execution:execute", task, size, left) for task, size in tasks]
+        results = self._ranks.run(jobs)
+        for result in results:
+            if result.failure is not None:
+                raise JobFailed(result.failure)
+        return [result.replies for result in results]
+
+
+def _distance(actual: Trace, expected: Trace) -> tuple[float, float, int]:
+    keys = [key for key in actual.outputs if key in expected.outputs and key != AGAIN]
+    return pooled_rms([(actual.outputs[key], expected.outputs[key]) for key in keys])
+
+
+def _response(moved: Trace, still: Trace) -> float:
+    """Return the largest relative rms by which any input's output moved."""
+    responses = [0.0]
+    for key in moved.outputs:
+        if key in still.outputs and key != AGAIN:
+            error, magnitude, _ = pooled_rms([(moved.outputs[key], still.outputs[key])])
+            responses.append(relative(error, magnitude))
+    return max(responses)
+
+
+def _floor(casts: Sequence[NarrowCast], response: float) -> NoiseFloor:
+    narrowest = max(casts, key=lambda cast: eps(cast.target))
+    where = f" in {narrowest.fqn}" if narrowest.fqn else ""
+    if structural_limit(response) <= STRUCTURAL_LIMIT:
+        return NoiseFloor()
+    return NoiseFloor(
+        relative_rms=response,
+        tier=narrowest.target,
+        source=f"half an ulp of {narrowest.target} at the subject's own casts{where}"
+        f" moves the output by {response:.2g}",
+    )
+
+
+def _flips(
+    own: Mapping[str, Sequence[Choice]], reference: Mapping[str, Sequence[Choice]]
+) -> tuple[int, float]:
+    """Return how many rows chose otherwise than the reference, and the widest margin of those."""
+    flips, margin = 0, 0.0
+    for key, choices in own.items():
+        for mine, other in zip(choices, reference.get(key, ()), strict=False):
+            if mine.indices.shape != other.indices.shape:
+                continue
+            different = mine.indices.sort(-1)[0] != other.indices.sort(-1)[0]
+            count = (
+                int(different.reshape(-1, different.shape[-1]).any(-1).sum())
+                if different.ndim
+                else 0
+            )
+            if count:
+                flips += count
+                margin = max(margin, other.margin)
+    return flips, margin

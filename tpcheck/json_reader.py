@@ -1,0 +1,72 @@
+"""Read JSON that came from elsewhere: a value that knows its path.
+
+Requirement: whatever is missing, has another type or another value than allowed is refused with
+the path of the very value, `report.verdicts[3].tp_size=True, but should be a whole number`, so that
+a hand-edited or foreign file can be mended without reading our source.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from tpcheck.errors import TPCheckError
+
+_WORDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+_MISSING: Any = object()
+
+
+class JsonReader:
+    """A JSON value that knows its path, so that what it refuses can be found."""
+
+    __slots__ = ("path", "value")
+
+    def __init__(self, value: Any, path: str, kind: Any = dict) -> None:
+        # bool is an int to Python, but not to a reader of JSON
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            refuse(path, value, " or ".join(_WORDS[one] for one in kinds))
+        self.value = value
+        self.path = path
+
+    def reader(self, key: str, kind: Any = dict, default: Any = _MISSING) -> JsonReader:
+        """Return the value at `key` with its path; a missing key without a default is refused."""
+        value = self.value.get(key, default)
+        if value is _MISSING:
+            raise TPCheckError(f"{self.path}.{key} is missing, but should be {_WORDS[kind]}")
+        return JsonReader(value, f"{self.path}.{key}", kind)
+
+    def get(self, key: str, kind: Any, default: Any = _MISSING) -> Any:
+        """Return the value at `key` if it is of this kind."""
+        return self.reader(key, kind, default).value
+
+    def optional(self, key: str, kind: Any) -> Any:
+        """Return the value at `key`, None where it is null or absent."""
+        return None if self.value.get(key) is None else self.get(key, kind)
+
+    def items(self, key: str, kind: Any, default: Any = _MISSING) -> list[JsonReader]:
+        """Return the items of the list at `key`, each with its path."""
+        values = self.get(key, list, list(default) if default is not _MISSING else _MISSING)
+        return [
+            JsonReader(value, f"{self.path}.{key}[{i}]", kind) for i, value in enumerate(values)
+        ]
+
+    def choice(self, key: str, allowed: tuple[str, ...]) -> str:
+        """Return the text at `key` if it is one of these words."""
+        value: str = self.get(key, str)
+        if value not in allowed:
+            refuse(f"{self.path}.{key}", value, f"one of {', '.join(allowed)}")
+        return value
+
+
+def refuse(path: str, value: Any, expected: str) -> NoReturn:
+    """Raise a TPCheckError that says what stands at `path` and what should."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    raise TPCheckError(f"{path}={shown}, but should be {expected}")

@@ -1,0 +1,1 @@
+"""What execution can see of a subject: casts, choices, modules, weights read, partial sums."""

@@ -1,0 +1,136 @@
+"""Which of the offered named weights a subject's loader really used.
+
+Requirement: a loader that skips a name, or loads one twice, at TP=N but not at TP=1 is a bug that
+may cost a whole tensor. A name counts as consumed when an op reads the tensor that was yielded, or
+when the subject keeps it. What TP=1 itself skips (an inv_freq buffer, a tied head) is no finding,
+so counts are compared between degrees and never judged here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpcheck.errors import SubjectError
+from tpcheck.groups.weights import NamedLoader, WeightSource
+from tpcheck.observation.dispatch import half_ulp_noise
+
+
+class Consumption:
+    """Counts, per name, how many yielded tensors were used.
+
+    A tensor is settled two yields later, when no loop variable can hold it any more, so that a
+    loader that frees as it goes never has more than three full tensors alive because of us.
+    """
+
+    def __init__(self, weights: WeightSource) -> None:
+        self._pending: list[tuple[str, torch.Tensor]] = []
+        self._read: set[int] = set()
+        self._counts: dict[str, int] = {}
+        weights.on_yield = self._remember
+
+    def counts(self) -> dict[str, int]:
+        """Return name -> how often it was consumed; empty when nothing was offered."""
+        self._settle(keep=0)
+        return self._counts
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """While open (during build), note which of the yielded tensors any op reads."""
+        with _Reads(self):
+            yield
+        self._settle(keep=0)
+
+    def half_ulp(self, seed: int) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        """Return a `perturb` that moves every weight by up to half an ulp of its storage dtype."""
+        return lambda name, tensor: half_ulp_noise(
+            tensor, torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+        )
+
+    def note_reads(self, args: Sequence[Any]) -> None:
+        if not self._pending:
+            return
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and type(arg) is torch.Tensor:
+                self._read.add(arg.untyped_storage()._cdata)
+            elif isinstance(arg, (list, tuple)):
+                self.note_reads(arg)
+
+    def _remember(self, name: str, tensor: torch.Tensor) -> None:
+        self._settle(keep=1)
+        self._read.discard(tensor.untyped_storage()._cdata)
+        self._pending.append((name, tensor))
+
+    def _settle(self, keep: int) -> None:
+        while len(self._pending) > keep:
+            name, tensor = self._pending.pop(0)
+            # Two references are ours (this name, getrefcount's argument): more is the subject.
+            kept = sys.getrefcount(tensor) > 2
+            used = kept or tensor.untyped_storage()._cdata in self._read
+            self._counts[name] = self._counts.get(name, 0) + int(used)
+
+
+class _Reads(TorchDispatchMode):
+    def __init__(self, consumption: Consumption) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._consumption = consumption
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        self._consumption.note_reads(args)
+        return func(*args, **(kwargs or {}))
+
+
+def offer_weights(weights: WeightSource, declared: Any) -> None:
+    """Make `named_weights()` yield what the subject declares: a directory or a dict of shapes.
+
+    Raises:
+        SubjectError: the directory holds no safetensors, or the declaration has another form.
+    """
+    if declared is None:
+        return
+    if isinstance(declared, Mapping):
+        weights.offer(
+            (name, partial(weights.weight, name, tuple(shape))) for name, shape in declared.items()
+        )
+    elif isinstance(declared, (str, Path)):
+        weights.offer(_directory_loaders(Path(declared), weights))
+    else:
+        raise SubjectError(
+            f"weights={type(declared).__name__}, but should be a safetensors directory"
+            " or a dict name -> shape"
+        )
+
+
+def _directory_loaders(directory: Path, weights: WeightSource) -> list[NamedLoader]:
+    from safetensors import safe_open
+
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise SubjectError(f"weights={str(directory)!r}: there is no *.safetensors file in it")
+    loaders: list[NamedLoader] = []
+    for file in files:
+        with safe_open(str(file), framework="pt") as handle:
+            names = list(handle.keys())
+        loaders += [(name, partial(_load, file, name, weights)) for name in names]
+    return loaders
+
+
+def _load(file: Path, name: str, weights: WeightSource) -> torch.Tensor:
+    from safetensors import safe_open
+
+    with safe_open(str(file), framework="pt") as handle:
+        return weights.stored(handle.get_tensor(name))

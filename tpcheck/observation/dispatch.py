@@ -1,0 +1,207 @@
+"""What a forward does below its own source: casts, choices and collectives, seen by dispatch modes.
+
+Requirement: real code casts to float32 in norms and softmax, picks experts by top-k and calls
+torch.distributed itself. None of that is announced, and each changes what a comparison may claim:
+a hard cast is the noise floor of a float64 run, a top-k may flip on a rounding, a collective
+belongs in the schedule. A dispatch mode sees all three in code nobody here wrote.
+
+[Noise Floor] A narrowing op's result is moved by up to half an ulp of the narrow dtype, at random,
+in a second run; the response of the output is what rounding at those casts can do to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tpcheck.groups.base import Recorder
+from tpcheck.trace import NarrowCast
+
+_CHOICES = {"aten::topk", "aten::argmax", "aten::max.dim"}
+_DISTRIBUTED = ("c10d", "_c10d_functional")
+_BOOKKEEPING = {"wait_tensor", "monitored_barrier_"}
+
+
+class Choice:
+    """One top-k (or argmax) of a forward: the chosen indices and how narrow the choice was.
+
+    `margin` is the smallest gap between the last chosen and the first rejected value, over all
+    rows, in units of the row's largest magnitude.
+    """
+
+    __slots__ = ("indices", "margin")
+
+    def __init__(self, indices: torch.Tensor, margin: float) -> None:
+        self.indices = indices
+        self.margin = margin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Choice, (self.indices, self.margin))
+
+
+class Watch(TorchDispatchMode):
+    """See, and where asked change, what a forward does.
+
+    Args:
+        recorder: where torch.distributed calls of the subject's own are logged.
+        perturb: a generator; narrowing results are moved by up to half an ulp with it.
+        pinned: choices of a reference forward, in order; top-k returns these indices instead.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        *,
+        perturb: torch.Generator | None = None,
+        pinned: Sequence[Choice] | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.choices: list[Choice] = []
+        self.unpinned = 0
+        self._recorder = recorder
+        self._perturb = perturb
+        self._pinned = pinned
+        self._casts: dict[tuple[str, str, str], int] = {}
+        self._open = False
+
+    @property
+    def casts(self) -> tuple[NarrowCast, ...]:
+        """Narrowing casts so far, one entry per (module, source, target)."""
+        return tuple(NarrowCast(*key, count) for key, count in self._casts.items())
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._recorder.inside:
+            return func(*args, **kwargs)
+        if func.namespace in _DISTRIBUTED:
+            self._log_collective(func, args)
+            return func(*args, **kwargs)
+        self._close()
+        name = func.name().removesuffix(".default")
+        if name in _CHOICES:
+            return self._choose(name, func, args, kwargs)
+        result = func(*args, **kwargs)
+        wide = _widest(args)
+        if wide is not None and isinstance(result, torch.Tensor):
+            if result.dtype.is_floating_point and _eps(result.dtype) > _eps(wide):
+                return self._narrowed(func, result, wide)
+        return result
+
+    def _narrowed(self, func: Any, result: torch.Tensor, source: torch.dtype) -> torch.Tensor:
+        target = str(result.dtype).removeprefix("torch.")
+        key = (self._recorder.fqn, str(source).removeprefix("torch."), target)
+        self._casts[key] = self._casts.get(key, 0) + 1
+        if self._perturb is None:
+            return result
+        moved = half_ulp_noise(result, self._perturb)
+        return result.copy_(moved) if func.name() == "aten::copy_" else moved
+
+    def _choose(
+        self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        result = func(*args, **kwargs)
+        indices = result if name == "aten::argmax" else result[1]
+        values = args[0]
+        if not values.dtype.is_floating_point or values.ndim == 0:
+            return result
+        dim, keepdim = _choice_dim(name, args, kwargs)
+        if dim is None:
+            return result
+        position = len(self.choices)
+        self.choices.append(Choice(indices.clone(), _margin(values, indices, dim, keepdim)))
+        if self._pinned is None:
+            return result
+        if position >= len(self._pinned) or self._pinned[position].indices.shape != indices.shape:
+            self.unpinned += 1
+            return result
+        pinned = self._pinned[position].indices.to(indices.device)
+        if name == "aten::argmax":
+            return pinned.clone()
+        at = pinned if keepdim else pinned.unsqueeze(dim)
+        chosen = values.gather(dim, at)
+        return (chosen if keepdim else chosen.squeeze(dim)), pinned.clone()
+
+    def _log_collective(self, func: Any, args: tuple[Any, ...]) -> None:
+        op = func.name().split("::")[1].split(".")[0].rstrip("_")
+        if op in _BOOKKEEPING:
+            return
+        tensor = _first_tensor(args)
+        self._close()
+        shape = () if tensor is None else tuple(tensor.shape)
+        dtype = "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
+        self._recorder.enter(op, shape, dtype, "torch.distributed")
+        self._recorder.inside = False
+        self._open = True
+
+    def _close(self) -> None:
+        """A torch.distributed call is over for certain once the next op runs."""
+        if self._open:
+            self._open = False
+            self._recorder.exit()
+
+
+def half_ulp_noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return `x` moved by at most half an ulp per element before rounding back to its dtype."""
+    wide = x.detach().to("cpu", torch.float64)
+    noise = torch.rand(wide.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1)
+    moved = wide * (1 + noise * (_eps(x.dtype) / 2))
+    return torch.where(wide.isfinite(), moved, wide).to(x.device, x.dtype)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _widest(args: Sequence[Any]) -> torch.dtype | None:
+    """Return the most precise floating dtype among tensor arguments (the source of a cast)."""
+    best: torch.dtype | None = None
+    for arg in args:
+        candidates = arg if isinstance(arg, (list, tuple)) else (arg,)
+        for value in candidates:
+            if isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.ndim:
+                if best is None or _eps(value.dtype) < _eps(best):
+                    best = value.dtype
+    return best
+
+
+def _first_tensor(args: Any) -> torch.Tensor | None:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            return arg
+        if isinstance(arg, (list, tuple)):
+            found = _first_tensor(arg)
+            if found is not None:
+                return found
+    return None
+
+
+def _choice_dim(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[int | None, bool]:
+    position = 2 if name == "aten::topk" else 1
+    default = -1 if name == "aten::topk" else None
+    dim = args[position] if len(args) > position else kwargs.get("dim", default)
+    keepdim = args[2] if name != "aten::topk" and len(args) > 2 else kwargs.get("keepdim", False)
+    return dim, name == "aten::topk" or bool(keepdim)
+
+
+def _margin(values: torch.Tensor, indices: torch.Tensor, dim: int, keepdim: bool) -> float:
+    """Return the smallest relative gap between what was chosen and what was not."""
+    at = indices if keepdim else indices.unsqueeze(dim)
+    if values.shape[dim] <= at.shape[dim] or values.numel() == 0:
+        return float("inf")
+    wide = values.detach().to(torch.float64)
+    rejected = wide.scatter(dim, at, float("-inf")).amax(dim)
+    chosen = wide.gather(dim, at).amin(dim)
+    scale = wide.abs().amax(dim).clamp_min(torch.finfo(torch.float64).tiny)
+    gap = ((chosen - rejected) / scale).nan_to_num(float("inf"))
+    return float(gap.min())

@@ -1,0 +1,58 @@
+"""The rounding that a reduction must cost, injected into a float64 run.
+
+Requirement: a clean layer whose partials cancel drifts far above any fixed limit, so the limit has
+to come from this case's own partials. In a float64 run every all-reduce is given, on top of the
+exact sum, the rounding noise that the deployed dtype would leave at every node of the reduction
+tree; what the output does in response is the drift that this reduction explains. Dilution by the
+rest of the model, masks and nonlinearities are then all in, without a formula.
+
+[Injected Noise] One rounding to nearest of x leaves an error of rms 0.424 u |x| (u = eps/2; uniform
+error over a binade). TP=1 rounds the sum once; TP=N rounds every partial and every partial sum, so
+the extra variance per element is (0.424 u)^2 (sum of squared partials and node sums - sum^2).
+Source: probabilistic rounding analysis, Higham & Mary 2019; the law held against measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tpcheck.groups.base import Interceptor, RecordedGroup
+from tpcheck.numerics.reduction import sum_nodes
+from tpcheck.trace import Collective
+
+ROUNDING_RMS = 0.424
+"""Rms of one rounding, in units of u times the value's magnitude."""
+
+_SUMS = ("all_reduce", "reduce_scatter")
+
+
+def reduction_noise(dtype: str, kind: str, seed: int) -> Interceptor:
+    """Return an interceptor that adds to each sum over ranks what rounding to `dtype` costs.
+
+    Every rank draws the same noise, because every rank gets the same result of a real reduction.
+    """
+    unit = torch.finfo(getattr(torch, dtype)).eps / 2 * ROUNDING_RMS
+
+    def intercept(
+        group: RecordedGroup,
+        call: Collective,
+        x: torch.Tensor,
+        run: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        result = run(x)
+        if group.size == 1 or call.op not in _SUMS or call.detail in ("max", "min"):
+            return result
+        partials = list(group._all_gather(x.unsqueeze(0), 0).to(torch.float64).unbind(0))
+        nodes = sum_nodes(partials, kind)
+        energy = sum(p.square() for p in partials) + sum(node.square() for node in nodes)
+        extra = (energy - nodes[-1].square()).clamp_min(0).sqrt()
+        generator = torch.Generator().manual_seed(seed * 7919 + call.sequence)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * extra.cpu() * unit
+        if call.op == "reduce_scatter":
+            dim = int(call.detail.removeprefix("dim="))
+            noise = noise.chunk(group.size, dim)[group.rank]
+        return result + (noise / (group.size if call.detail == "avg" else 1)).to(x.device, x.dtype)
+
+    return intercept

@@ -1,0 +1,207 @@
+"""Trace points: which modules of a subject are recorded, and how they are replayed.
+
+Requirement: the first module that leaves its reference has to be found in code we did not write.
+`forward.trace_points` names modules, with placements where the author declared them; a plain
+nn.Module is traced at every named submodule. Where placements are declared a module is also run on
+the reference's own input, so an upstream error is not blamed on what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tpcheck.errors import SubjectError
+from tpcheck.groups.base import RecordedGroup
+from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
+from tpcheck.trace import Collective
+
+
+@dataclass(frozen=True, slots=True)
+class TracePoint:
+    """A module to trace; placements are None where the subject did not declare them."""
+
+    module: torch.nn.Module
+    in_placement: Placement | None = None
+    out_placement: Placement | None = None
+
+
+@dataclass(slots=True)
+class PointRecord:
+    """What one call of a traced module took and gave on one rank.
+
+    finished: position in the order in which calls returned; an inner module returns before the
+    one around it. partials: (call, operand, result) of the module's own sums over ranks.
+    """
+
+    input: torch.Tensor | None
+    output: torch.Tensor | None = None
+    in_placement: Placement | None = None
+    out_placement: Placement | None = None
+    finished: int = -1
+    partials: list[tuple[Collective, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+
+def traced_modules(forward: Any) -> dict[str, TracePoint]:
+    """Return FQN -> trace point: what the subject declares, else its named submodules.
+
+    Raises:
+        SubjectError: `trace_points` is no dict of modules or (module, in, out) tuples.
+    """
+    declared = getattr(forward, "trace_points", None)
+    if declared is None:
+        if not isinstance(forward, torch.nn.Module):
+            return {}
+        return {fqn: TracePoint(module) for fqn, module in forward.named_modules() if fqn}
+    if not isinstance(declared, Mapping):
+        raise SubjectError(
+            "forward.trace_points should be a dict FQN -> module or (module, in, out)"
+        )
+    return {str(fqn): _point(str(fqn), entry) for fqn, entry in declared.items()}
+
+
+def _point(fqn: str, entry: Any) -> TracePoint:
+    module, placements = (entry[0], entry[1:]) if isinstance(entry, tuple) else (entry, ())
+    ok = isinstance(module, torch.nn.Module) and len(placements) in (0, 2)
+    if not ok or not all(p is None or isinstance(p, Placement) for p in placements):
+        raise SubjectError(
+            f"forward.trace_points[{fqn!r}]={entry!r}, but should be an nn.Module"
+            " or (nn.Module, in_placement, out_placement)"
+        )
+    return TracePoint(module, *placements)
+
+
+class ModuleTracer:
+    """Records every traced module's first tensor argument and output, in execution order.
+
+    A module called again gets the name `fqn#2`. With `until`, nothing after that FQN's first call
+    is recorded. Inputs are kept on rank 0 and where placements are declared.
+    """
+
+    def __init__(
+        self, points: Mapping[str, TracePoint], group: RecordedGroup, *, until: str = ""
+    ) -> None:
+        if until and until not in points:
+            some = ", ".join(list(points)[:5]) or "none"
+            raise SubjectError(f"until={until!r} is not a traced module; there are: {some}, ...")
+        self.records: dict[str, PointRecord] = {}
+        self._points = points
+        self._group = group
+        self._until = until
+        self._open: list[tuple[str, PointRecord]] = []
+        self._done = False
+        self._finished = 0
+        self._handles: list[Any] = []
+        self._interceptor = group.interceptor
+
+    def __enter__(self) -> ModuleTracer:
+        for fqn, point in self._points.items():
+            self._handles.append(
+                point.module.register_forward_pre_hook(self._enter(fqn, point), with_kwargs=True)
+            )
+            self._handles.append(
+                point.module.register_forward_hook(self._leave(fqn), always_call=True)
+            )
+        self._group.interceptor = self._tap
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._group.interceptor = self._interceptor
+        self._group.recorder.fqn = ""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enter(self, fqn: str, point: TracePoint) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            first = next((a for a in (*args, *kwargs.values()) if _is_tensor(a)), None)
+            record = PointRecord(_plain(first), None, point.in_placement, point.out_placement)
+            self._open.append((fqn, record))
+            self._group.recorder.fqn = fqn
+            if not self._done:
+                count = sum(name.split("#")[0] == fqn for name in self.records)
+                self.records[fqn if count == 0 else f"{fqn}#{count + 1}"] = record
+
+        return hook
+
+    def _leave(self, fqn: str) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            _, record = self._open.pop()
+            self._group.recorder.fqn = self._open[-1][0] if self._open else ""
+            record.output = _plain(_first(output))
+            record.finished, self._finished = self._finished, self._finished + 1
+            self._done = self._done or fqn == self._until
+
+        return hook
+
+    def _tap(self, group: RecordedGroup, call: Collective, x: torch.Tensor, run: Any) -> Any:
+        result = run(x)
+        if call.op in ("all_reduce", "reduce_scatter") and call.detail not in ("max", "min"):
+            for _, record in self._open[-1:]:
+                record.partials.append((call, x.detach().cpu().clone(), result.detach().cpu()))
+        return result
+
+
+def replay_modules(
+    points: Mapping[str, TracePoint],
+    reference: Mapping[str, torch.Tensor],
+    group: RecordedGroup,
+    tracer: ModuleTracer,
+) -> dict[str, PointRecord]:
+    """Run each module with declared placements on the reference's input; return what it gave.
+
+    Every rank replays the same modules in the same order, because modules may hold collectives.
+    """
+    replayed: dict[str, PointRecord] = {}
+    for fqn, full in reference.items():
+        point = points.get(fqn)
+        if point is None or point.in_placement is None or fqn not in tracer.records:
+            continue
+        local = place(full.to(group.device), point.in_placement, group.rank, group.size)
+        single = ModuleTracer({fqn: point}, group)
+        with single:
+            point.module(local)
+        replayed[fqn] = single.records[fqn]
+    group.recorder.take()
+    return replayed
+
+
+def place(full: torch.Tensor, placement: Placement, rank: int, size: int) -> torch.Tensor:
+    """Return what rank `rank` of `size` holds of `full` under `placement`.
+
+    A Partial operand is given whole to rank 0 and zero to the others: their sum is `full`.
+    """
+    if isinstance(placement, Shard):
+        return full.tensor_split(size, placement.dim)[rank].contiguous()
+    if isinstance(placement, Partial):
+        return full.clone() if rank == 0 else torch.zeros_like(full)
+    if isinstance(placement, Slices):
+        extent = [
+            max(s.stop for s in dims)
+            for dims in zip(*(p[0] for p in placement.pieces), strict=True)
+        ]
+        local = full.new_zeros(extent)
+        for here, there in placement.pieces:
+            local[here] = full[there]
+        return local
+    assert isinstance(placement, Replicate)
+    return full.clone()
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0
+
+
+def _first(output: Any) -> Any:
+    if isinstance(output, (tuple, list)):
+        return next((value for value in output if _is_tensor(value)), None)
+    return output
+
+
+def _plain(tensor: Any) -> torch.Tensor | None:
+    if not isinstance(tensor, torch.Tensor):
+        return None
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local.detach().to("cpu").clone()

@@ -1,0 +1,92 @@
+"""Causal self-attention with the heads split across ranks: MHA, GQA and MQA.
+
+Requirement: one all-reduce, in o_proj (and two small ones for q/k norm across heads). A rank
+attends with its query heads to the KV heads they belong to; with more ranks than KV heads
+neighbours hold a copy of one (shard_plan: [KV Replication]).
+
+Shape legend: B batch, T tokens, S tokens seen so far, D hidden, H query heads, K kv heads,
+d head_dim; capital = full, lower case = this rank's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tpcheck.groups.base import TPGroup
+from tpcheck.reference.cache import Cache
+from tpcheck.reference.linear import ColumnParallelLinear, RowParallelLinear
+from tpcheck.reference.norm import RMSNorm, ShardedRMSNorm, wide
+from tpcheck.reference.rope import apply_rope
+from tpcheck.reference.weights import RankWeights
+from tpcheck.shard_plan import ShardPlan
+from tpcheck.spec import ModelSpec
+
+
+class Attention(nn.Module):
+    """x [B, T, D] -> y [B, T, D], both equal on every rank."""
+
+    def __init__(
+        self, layer: int, spec: ModelSpec, plan: ShardPlan, weights: RankWeights, tp: TPGroup
+    ) -> None:
+        super().__init__()
+        self.layer, self.spec = layer, spec
+        name = f"model.layers.{layer}.self_attn"
+        self.q_proj = ColumnParallelLinear(f"{name}.q_proj", weights)
+        self.k_proj = ColumnParallelLinear(f"{name}.k_proj", weights)
+        self.v_proj = ColumnParallelLinear(f"{name}.v_proj", weights)
+        self.q_norm: nn.Module = nn.Identity()
+        self.k_norm: nn.Module = nn.Identity()
+        if spec.qk_norm == "per_head":
+            self.q_norm = RMSNorm(f"{name}.q_norm", spec.norm_eps, weights)
+            self.k_norm = RMSNorm(f"{name}.k_norm", spec.norm_eps, weights)
+        elif spec.qk_norm == "across_heads":
+            heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+            self.q_norm = ShardedRMSNorm(f"{name}.q_norm", spec, weights, tp, heads=heads)
+            self.k_norm = ShardedRMSNorm(
+                f"{name}.k_norm", spec, weights, tp, heads=kv_heads, replicas=plan.kv_replicas
+            )
+        self.o_proj = RowParallelLinear(f"{name}.o_proj", weights, tp)
+
+    def forward(self, x_BTD: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Return what every token gathers from those up to it; `cache` holds earlier calls'."""
+        start = 0 if cache is None else cache.length
+        q_BhTd = self.q_norm(self._heads(self.q_proj(x_BTD))).transpose(1, 2)
+        k_BkSd = self.k_norm(self._heads(self.k_proj(x_BTD))).transpose(1, 2)
+        v_BkSd = self._heads(self.v_proj(x_BTD)).transpose(1, 2)
+        if self.spec.position == "rope":
+            q_BhTd = apply_rope(q_BhTd, self.spec, start)
+            k_BkSd = apply_rope(k_BkSd, self.spec, start)
+        if cache is not None:
+            k_BkSd, v_BkSd = cache.extend(self.layer, k_BkSd, v_BkSd)
+        y_BhTd = attend(q_BhTd, k_BkSd, v_BkSd, start=start, window=self.spec.sliding_window)
+        return self.o_proj(y_BhTd.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(*x.shape[:-1], -1, self.spec.head_dim)
+
+
+def attend(
+    q_BhTd: torch.Tensor,
+    k_BkSd: torch.Tensor,
+    v_BkSd: torch.Tensor,
+    *,
+    start: int,
+    window: int,
+) -> torch.Tensor:
+    """Return softmax(q k^T / sqrt(d)) v, where query t sits at position start + t.
+
+    A query sees the positions up to its own; with a window only the last `window` of them.
+    """
+    group = q_BhTd.shape[1] // k_BkSd.shape[1]
+    k_BhSd = k_BkSd.repeat_interleave(group, dim=1)
+    v_BhSd = v_BkSd.repeat_interleave(group, dim=1)
+    scores_BhTS = wide(q_BhTd @ k_BhSd.transpose(-2, -1)) * q_BhTd.shape[-1] ** -0.5
+    seen = torch.arange(k_BhSd.shape[-2], device=q_BhTd.device)
+    own = torch.arange(start, start + q_BhTd.shape[-2], device=q_BhTd.device)[:, None]
+    hidden_TS = seen > own
+    if window:
+        hidden_TS |= seen <= own - window
+    weights_BhTS = scores_BhTS.masked_fill(hidden_TS, float("-inf")).softmax(-1)
+    y_BhTd: torch.Tensor = weights_BhTS.to(v_BhSd.dtype) @ v_BhSd
+    return y_BhTd

@@ -1,0 +1,94 @@
+"""RMSNorm and LayerNorm, whole or over a dim that is split across ranks.
+
+Requirement: statistics are taken in float32 or wider. [Upcast] `wide(x)` never narrows: float64
+stays float64, so that a float64 run of the decoder has no rounding but float64's own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from tpcheck.groups.base import TPGroup
+from tpcheck.reference.linear import frozen
+from tpcheck.reference.weights import RankWeights
+from tpcheck.spec import ModelSpec
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Return x in float32, or in its own dtype where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def make_norm(name: str, spec: ModelSpec, weights: RankWeights) -> nn.Module:
+    """Return the norm over hidden_size that a spec asks for."""
+    if spec.norm_type == "layer":
+        return LayerNorm(name, spec.norm_eps, weights)
+    return RMSNorm(name, spec.norm_eps, weights)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim."""
+
+    def __init__(self, name: str, eps: float, weights: RankWeights) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = frozen(weights.load(f"{name}.weight"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalized input, in its dtype."""
+        x_wide = wide(x)
+        mean_square = x_wide.square().mean(-1, keepdim=True)
+        return (x_wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / std * weight + bias over the last dim."""
+
+    def __init__(self, name: str, eps: float, weights: RankWeights) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = frozen(weights.load(f"{name}.weight"))
+        self.bias = frozen(weights.load(f"{name}.bias"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the normalized input, in its dtype."""
+        y = functional.layer_norm(
+            wide(x), self.weight.shape, wide(self.weight), wide(self.bias), self.eps
+        )
+        return y.to(x.dtype)
+
+
+class ShardedRMSNorm(nn.Module):
+    """RMSNorm over all heads together, [B, T, h, d] -> [B, T, h, d], heads split across ranks.
+
+    The ranks' sums of squares are added by an all-reduce. Where several ranks hold a copy of one
+    KV head only the first of them counts it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        spec: ModelSpec,
+        weights: RankWeights,
+        tp: TPGroup,
+        *,
+        heads: int,
+        replicas: int = 1,
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.eps = spec.norm_eps
+        self.full_size = heads * spec.head_dim
+        self.counts = tp.rank % replicas == 0
+        self.weight_hd = frozen(weights.load(f"{name}.weight").view(-1, spec.head_dim))
+
+    def forward(self, x_BThd: torch.Tensor) -> torch.Tensor:
+        """Return this rank's heads, normalized by the rms over all ranks' heads."""
+        x_wide = wide(x_BThd)
+        squares_BT_partial = x_wide.square().sum((-2, -1), keepdim=True)
+        if not self.counts:
+            squares_BT_partial = torch.zeros_like(squares_BT_partial)
+        mean_square = self.tp.all_reduce(squares_BT_partial) / self.full_size
+        return (x_wide * torch.rsqrt(mean_square + self.eps)).to(x_BThd.dtype) * self.weight_hd

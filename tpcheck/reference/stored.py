@@ -1,0 +1,40 @@
+"""How a checkpoint stores a logical tensor: under its own name, transposed, or fused with others.
+
+Requirement: a slice of the logical tensor is one slice of the stored one, so that only its bytes
+are read. Torch-free.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a logical tensor lies.
+
+    `transposed`: stored as [in, out], as GPT-2's Conv1D does. `part` of `parts`: one of several
+    equal tensors fused along the output features (logical dim 0).
+    """
+
+    name: str
+    transposed: bool = False
+    part: int = 0
+    parts: int = 1
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the stored tensor's shape, given the logical one's."""
+        fused = (shape[0] * self.parts, *shape[1:])
+        return fused[::-1] if self.transposed else fused
+
+    def locate(
+        self, shape: tuple[int, ...], dim: int, start: int, stop: int
+    ) -> tuple[int, int, int]:
+        """Return the stored (dim, start, stop) of a logical slice.
+
+        A fused tensor can only be cut along its fused dim: that is how column-parallel weights are.
+        """
+        if self.parts > 1:
+            assert dim == 0, "fused tensors are cut along their output features"
+            start, stop = start + self.part * shape[0], stop + self.part * shape[0]
+        return (len(shape) - 1 - dim if self.transposed else dim), start, stop

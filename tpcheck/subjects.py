@@ -1,0 +1,354 @@
+"""Subjects: what is tested, how it is named, and how it travels to the ranks.
+
+Requirement: any callable `build(tp) -> forward` is a subject. A name (`package.module:attr`,
+`path/file.py:attr`, `builtin:NAME`, `hf:DIR`, `ref:DIR`) or an importable function travels by name,
+a closure by cloudpickle over the pool's private pipe. What cannot travel is one SubjectError that
+names the captured object. Importing this module loads no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from tpcheck.errors import SubjectError, TPCheckError
+from tpcheck.spec import ModelSpec
+
+_MARK = "__tpcheck_subject__"
+DEFAULT_SEQ_LEN = 16
+"""Longest input of a model directory, whose config allows thousands: short enough for CPU ranks."""
+
+_LOADERS = {
+    "builtin": "tpcheck.adapters.reference:load_builtin",
+    "ref": "tpcheck.adapters.reference:load_directory",
+    "hf": "tpcheck.adapters.transformers:load_directory",
+}
+"""Adapters make subjects and stand to the right of this module, so they are found by name."""
+
+Build = TypeVar("Build", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectOptions:
+    """What `@tpcheck.subject` declares; see CONTRACT, the subject."""
+
+    vocab_size: int = 0
+    seq_len: int = 0
+    inputs: Callable[..., Any] | None = None
+    spec: ModelSpec | None = None
+    specs: Any = None
+    weights: Any = None
+    float64: bool = True
+    sweep: bool = True
+    logits: str = "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A resolved subject: a name for reports, the build function, its options."""
+
+    name: str
+    build: Callable[..., Any]
+    options: SubjectOptions
+
+
+@dataclass(frozen=True, slots=True)
+class SubjectRef:
+    """How a subject travels: `kind` is name, file, builtin, hf, ref or pickled.
+
+    `value` is the name or path, or the cloudpickle bytes; `attr` what to take from a module.
+    """
+
+    kind: str
+    value: str | bytes
+    attr: str = ""
+    label: str = ""
+
+
+def subject(
+    vocab_size: int = 0,
+    seq_len: int = 0,
+    *,
+    inputs: Callable[..., Any] | None = None,
+    spec: ModelSpec | Mapping[str, Any] | None = None,
+    specs: Any = None,
+    weights: Any = None,
+    float64: bool = True,
+    sweep: bool = True,
+    logits: str = "all",
+) -> Callable[[Build], Build]:
+    """Declare how tpcheck should feed and weigh `build(tp) -> forward`.
+
+    Args:
+        vocab_size: token ids are drawn below it.
+        seq_len: the longest input the subject can take; lengths up to it are swept.
+        inputs: `fn(generator[, batch, seq_len]) -> tensor | tuple` instead of token ids.
+        spec: the model in HF fields; the plan then decides which degrees are legal.
+        specs: a Hypothesis strategy of specs; then `build(tp, spec)`.
+        weights: a safetensors directory or a dict name -> shape, for `tp.named_weights()`.
+        float64: False when the subject cannot run in float64: only drift can then judge it.
+        sweep: False pins batch and length.
+        logits: "rank0" when only rank 0 returns them.
+
+    Raises:
+        SubjectError: an option is out of range, or neither vocab_size, inputs nor a spec is given.
+    """
+    if logits not in ("all", "rank0"):
+        raise SubjectError(f'subject: logits={logits!r}, but should be "all" or "rank0"')
+    for name, value in (("vocab_size", vocab_size), ("seq_len", seq_len)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise SubjectError(f"subject: {name}={value!r}, but should be a whole number >= 0")
+    if isinstance(spec, Mapping):
+        spec = ModelSpec.from_fields(spec)
+    if inputs is not None and not callable(inputs):
+        raise SubjectError(f"subject: inputs={inputs!r}, but should be fn(generator, ...)")
+    if inputs is None and not vocab_size and spec is None and specs is None:
+        raise SubjectError("subject: give vocab_size= or inputs=, so that tpcheck can feed it")
+    if spec is not None:
+        vocab_size = vocab_size or spec.vocab_size
+        seq_len = seq_len or min(DEFAULT_SEQ_LEN, spec.max_position_embeddings)
+    options = SubjectOptions(
+        vocab_size=vocab_size,
+        seq_len=seq_len or DEFAULT_SEQ_LEN,
+        inputs=inputs,
+        spec=spec,
+        specs=specs,
+        weights=weights,
+        float64=float64,
+        sweep=sweep,
+        logits=logits,
+    )
+
+    def mark(build: Build) -> Build:
+        if not callable(build):
+            raise SubjectError(f"subject: {build!r} is not callable; decorate build(tp)")
+        try:
+            setattr(build, _MARK, options)
+        except AttributeError:
+            marked = functools.partial(build)
+            setattr(marked, _MARK, options)
+            return marked  # type: ignore[return-value]
+        return build
+
+    return mark
+
+
+def make_ref(target: str | Callable[..., Any] | SubjectRef) -> SubjectRef:
+    """Return how `target`, a subject's name or a callable, travels to the ranks.
+
+    Raises:
+        SubjectError: the name has no known form, or the callable cannot be shipped.
+    """
+    if isinstance(target, SubjectRef):
+        return target
+    if isinstance(target, str):
+        return _parse_name(target)
+    if not callable(target):
+        raise SubjectError(f"subject={target!r}, but should be a name or a callable build(tp)")
+    return _ref_of_callable(target)
+
+
+def resolve(ref: SubjectRef) -> Subject:
+    """Load the subject a reference stands for, on whichever process this is.
+
+    Raises:
+        SubjectError: nothing is there, or it is no subject.
+        PlanError: a model directory's config.json is malformed.
+    """
+    loader = _LOADERS.get(ref.kind)
+    if loader is not None:
+        module, _, function = loader.partition(":")
+        loaded: Subject = getattr(importlib.import_module(module), function)(str(ref.value))
+        return loaded
+    build = _load_callable(ref)
+    options = getattr(build, _MARK, None)
+    if not isinstance(options, SubjectOptions):
+        raise SubjectError(
+            f"{ref.label}: not a subject, but should be decorated with"
+            " @tpcheck.subject(vocab_size=..., seq_len=...) or @tpcheck.subject(inputs=...)"
+        )
+    return Subject(ref.label, build, options)
+
+
+def list_builtins() -> list[tuple[str, str]]:
+    """Return (name, description) of every builtin subject."""
+    module, _, _ = _LOADERS["builtin"].partition(":")
+    builtins: list[tuple[str, str]] = importlib.import_module(module).list_builtins()
+    return builtins
+
+
+def _parse_name(name: str) -> SubjectRef:
+    kind, colon, rest = name.partition(":")
+    if colon and kind in ("builtin", "hf", "ref"):
+        if not rest:
+            raise SubjectError(f"subject={name!r}, but should say what after {kind}:")
+        value = rest if kind == "builtin" else os.path.abspath(os.path.expanduser(rest))
+        return SubjectRef(kind, value, label=name)
+    location, colon, attr = name.rpartition(":")
+    if not colon or not location or not attr:
+        raise SubjectError(
+            f"subject={name!r}, but should be package.module:attr, path/file.py:attr,"
+            " builtin:NAME, hf:DIR or ref:DIR"
+        )
+    if location.endswith(".py") or os.sep in location:
+        path = Path(location).expanduser().absolute()
+        if not path.is_file():
+            raise SubjectError(f"subject={name!r}: there is no file {location}")
+        return SubjectRef("file", str(path), attr, name)
+    return SubjectRef("name", location, attr, name)
+
+
+def _load_callable(ref: SubjectRef) -> Callable[..., Any]:
+    if ref.kind == "pickled":
+        build: Callable[..., Any] = pickle.loads(ref.value)  # type: ignore[arg-type]
+        return build
+    if ref.kind == "file":
+        module = _load_file(str(ref.value))
+    else:
+        module = _import(str(ref.value), ref.label)
+    found: Any = module
+    for part in ref.attr.split("."):
+        if not hasattr(found, part):
+            raise SubjectError(f"{ref.label}: {ref.value} has no attribute {part!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise SubjectError(f"{ref.label}: {ref.attr} is {type(found).__name__}, not callable")
+    result: Callable[..., Any] = found
+    return result
+
+
+def _import(name: str, label: str) -> ModuleType:
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            raise SubjectError(
+                f"{label}: there is no module {error.name!r} on the path"
+                " (run where it can be imported, or give path/file.py:attr)"
+            ) from error
+        raise SubjectError(f"{label}: importing {name} failed: {error}") from error
+    except Exception as error:
+        raise SubjectError(
+            f"{label}: importing {name} failed: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _load_file(path: str) -> ModuleType:
+    digest = hashlib.blake2b(path.encode(), digest_size=6).hexdigest()
+    name = f"_tpcheck_subject_{Path(path).stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise SubjectError(f"subject file {path} cannot be loaded as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    folder = str(Path(path).parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        sys.modules.pop(name, None)
+        if isinstance(error, TPCheckError) or not isinstance(error, Exception):
+            raise
+        raise SubjectError(
+            f"subject file {path} failed to load: {type(error).__name__}: {error}"
+        ) from error
+    return module
+
+
+def _ref_of_callable(build: Callable[..., Any]) -> SubjectRef:
+    module = getattr(build, "__module__", None) or ""
+    qualname = getattr(build, "__qualname__", "") or type(build).__qualname__
+    label = f"{module}:{qualname}"
+    if module.startswith("_tpcheck_subject_"):
+        path = getattr(sys.modules.get(module), "__file__", None)
+        if path is not None:
+            return SubjectRef("file", str(path), qualname, label)
+    if _importable(build, module, qualname):
+        return SubjectRef("name", module, qualname, label)
+    return SubjectRef("pickled", _pickle(build, label), label=label)
+
+
+def _importable(build: Callable[..., Any], module: str, qualname: str) -> bool:
+    if module in ("", "__main__") or "<" in qualname:
+        return False
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    if found is not build:
+        return False
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _pickle(build: Callable[..., Any], label: str) -> bytes:
+    import cloudpickle
+
+    with contextlib.ExitStack() as stack:
+        module = sys.modules.get(getattr(build, "__module__", "") or "")
+        if module is not None and not _findable(module):
+            cloudpickle.register_pickle_by_value(module)
+            stack.callback(cloudpickle.unregister_pickle_by_value, module)
+        try:
+            data: bytes = cloudpickle.dumps(build)
+        except Exception as error:
+            raise SubjectError(
+                f"{label}: cannot be sent to the ranks, because {_unshippable(build)}"
+                f" ({type(error).__name__}: {error}); make it inside build(tp) instead"
+            ) from error
+    return data
+
+
+def _findable(module: ModuleType) -> bool:
+    if module.__name__ == "__main__":
+        return True  # cloudpickle already takes __main__ by value
+    try:
+        return importlib.util.find_spec(module.__name__) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _unshippable(build: Callable[..., Any]) -> str:
+    """Name the captured object that does not pickle."""
+    import cloudpickle
+
+    try:
+        closure = inspect.getclosurevars(build)
+    except TypeError:
+        return "it does not pickle"
+    for kind, captured in (("captures", closure.nonlocals), ("uses the global", closure.globals)):
+        for name, value in captured.items():
+            try:
+                cloudpickle.dumps(value)
+            except Exception:
+                return f"it {kind} {name!r}, a {type(value).__module__}.{type(value).__qualname__}"
+    return "it does not pickle"
+
+
+def with_spec(subject_: Subject, spec: ModelSpec) -> Subject:
+    """Return the subject that a drawn spec makes of one that takes specs."""
+    options = replace(
+        subject_.options,
+        spec=spec,
+        vocab_size=subject_.options.vocab_size or spec.vocab_size,
+        seq_len=min(subject_.options.seq_len or DEFAULT_SEQ_LEN, spec.max_position_embeddings),
+    )
+    return replace(subject_, options=options)
