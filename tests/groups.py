@@ -17,9 +17,7 @@ def single_group(
     size: int = 1,
 ) -> RecordedGroup:
     """Return a group whose collectives are the identity; at size > 1 it can build, not reduce."""
-    weights = WeightSource(
-        seed=seed, dtype=dtype, weight_dtype=weight_dtype, store=MemoryStore()
-    )
+    weights = WeightSource(seed=seed, dtype=dtype, weight_dtype=weight_dtype, store=MemoryStore())
     return RecordedGroup(
         rank=rank,
         size=size,

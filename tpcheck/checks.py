@@ -40,7 +40,7 @@ def structural(evidence: Evidence) -> Check:
         compared = _compare_all(evidence.exact[0], evidence.oracle)
     except SubjectError as error:
         return Check(FAIL, str(error), facts)
-    if not any(c.count for c in compared.values()):
+    if not any(bool(output.isfinite().any()) for output in evidence.oracle.outputs.values()):
         return Check(SKIPPED, "TP=1 in float64 is not finite anywhere: nothing to compare", facts)
     where, worst = worst_comparison(compared)
     facts |= {"relative_rms": worst.relative_rms, "smallest_bug": limit, "worst_input": where}
@@ -162,9 +162,10 @@ def decode(evidence: Evidence) -> Check:
         except SubjectError as error:
             return Check(FAIL, f"decode at TP={degree}: {error}")
         if worst.mask_mismatches or worst.relative_rms > limit:
+            masks = f" {worst.mask_mismatches} of them NaN or inf;" if worst.mask_mismatches else ""
             return Check(
                 FAIL,
-                f"decode at TP={degree}: logits differ from a whole forward,"
+                f"decode at TP={degree}: logits differ from a whole forward,{masks}"
                 f" relative_rms={worst.relative_rms:.3g}, but should be at most {limit:.3g};"
                 f" worst at {list(worst.index)}",
                 {"relative_rms": worst.relative_rms, "limit": limit},

@@ -29,8 +29,8 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
     target = Path(os.path.realpath(path))
     data = (text.rstrip("\n") + "\n").encode("utf-8", errors="backslashreplace")
     try:
-        if target.exists() and not target.is_file():
-            target.write_bytes(data)
+        if _is_no_file(path):
+            Path(path).write_bytes(data)
             return
         spare = _spare_name(target)
         try:
@@ -57,8 +57,8 @@ def assert_writable(path: str | os.PathLike[str]) -> None:
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if target.exists() and not target.is_file():
-            if not os.access(target, os.W_OK):
+        if _is_no_file(path):
+            if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
         spare = _spare_name(target)
@@ -86,6 +86,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise TPCheckError(f"{path}: is not JSON: {error}") from error
+
+
+def _is_no_file(path: str | os.PathLike[str]) -> bool:
+    # asked of the path as given: /dev/stdout of a pipe resolves to a name that does not exist
+    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def _spare_name(target: Path) -> Path:

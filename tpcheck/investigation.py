@@ -53,6 +53,7 @@ class Settings:
     timeout_s: float = 120.0
     until: str = ""
     reduction: str = "ring"
+    confirm: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +258,9 @@ class Investigation:
         ratio, limit = check.facts.get("ratio"), check.facts.get("limit")
         if check.outcome != FAIL or ratio is None or ratio <= limit or not evidence.exact:
             return evidence
+        casts = [cast for trace in evidence.exact for cast in trace.casts]
+        if any(eps(cast.target) > eps(self._dtype) for cast in casts):
+            return evidence  # what rounds coarser than the deployed dtype explains nothing
         order = tuple(dict.fromkeys(input_order(self._inputs, evidence.tp_size)))
         task = replace(
             self._exact_task(order),

@@ -69,7 +69,7 @@ def make_shard_plan(spec: ModelSpec, tp_size: int) -> ShardPlan:
     """
     problems = _problems(spec, tp_size)
     if problems:
-        up_to = max(12, 2 * tp_size)
+        up_to = max(12, 2 * tp_size) if isinstance(tp_size, int) else 12
         legal = legal_tp_sizes(spec, up_to)
         first, *rest = problems
         lines = [f"{first.line} [{spec.model_type}, tp_size={tp_size}]"]

@@ -7,50 +7,37 @@ path a deployment would take.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tpcheck import environment
-from tpcheck.errors import BackendError, IllegalDegreeError, PlanError, SubjectError, TPCheckError
+from tpcheck.errors import BackendError, IllegalDegreeError, PlanError, SubjectError
+from tpcheck.faults import FAULTS
 from tpcheck.groups.jobs import Ranks
+from tpcheck.groups.opening import open_ranks
 from tpcheck.investigation import Findings, Investigation, JobFailed, Settings
 from tpcheck.numerics.tolerance import users_tolerance
-from tpcheck.records import Path, Report, Verdict
-from tpcheck.shard_plan import legal_tp_sizes, make_shard_plan
+from tpcheck.records import CHECK_NAMES, FAIL, Path, Report, Verdict
+from tpcheck.run_plan import (
+    DEFAULT_TP_SIZES,
+    RunPlan,
+    make_run_plan,
+    positive,
+    repro_line,
+    repro_options,
+)
+from tpcheck.shard_plan import make_shard_plan
 from tpcheck.spec import Case, ModelSpec
 from tpcheck.strategies import draw_spec
-from tpcheck.subjects import Subject, SubjectRef, make_ref, resolve, with_spec
+from tpcheck.subjects import Subject, make_ref, resolve, with_spec
 from tpcheck.verdict import accepted_illegal, judge, judge_failure, refused, refused_as_planned
 
-DEFAULT_TP_SIZES = (2, 4, 8)
-DEFAULT_BATCH = 2
-DTYPES = ("bfloat16", "float16", "float32")
-BACKENDS = ("auto", "sim", "gloo", "nccl")
 CONFIRM_UP_TO = 16
 """Largest degree whose simulated failure is confirmed on real ranks: more processes than that
 cost minutes on a laptop."""
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Everything a run needs, checked before a process is started."""
-
-    ref: SubjectRef
-    subject: Subject
-    tp_sizes: tuple[int, ...]
-    dtypes: tuple[str, ...]
-    cases: tuple[Case, ...]
-    settings: Settings
-    backend: str
-    ranks_per_gpu: int | None
-    max_failures: int | None
-    options: tuple[str, ...]
-    asked: bool
 
 
 @dataclass(slots=True)
@@ -80,6 +67,7 @@ def run(
     rtol: float | None = None,
     preset: str | None = None,
     timeout_s: float = 120.0,
+    confirm: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """Say whether a subject is the same function at every TP degree.
@@ -103,6 +91,7 @@ def run(
         rtol: its relative part.
         preset: a named tolerance, `seed-1e-2`.
         timeout_s: seconds one case may take at one degree.
+        confirm: hold failures seen in simulation only against real ranks.
         progress: called as (verdicts done, verdicts in all, what is next).
 
     Returns:
@@ -117,7 +106,7 @@ def run(
         'PASS'
     """
     ref = make_ref(subject)
-    plan = _make_plan(
+    plan = make_run_plan(
         ref,
         resolve(ref),
         tp_sizes,
@@ -133,10 +122,11 @@ def run(
         settings=Settings(
             tp_sizes=(),
             tolerance=users_tolerance(atol, rtol, preset),
-            timeout_s=_positive("timeout", timeout_s),
+            timeout_s=positive("timeout", timeout_s),
             until=until or "",
+            confirm=confirm,
         ),
-        options=_repro_options(backend, batch, seq_len, atol, rtol, preset),
+        options=repro_options(backend, batch, seq_len, atol, rtol, preset),
     )
     seen = _Seen()
     with open_ranks(plan.backend, max(plan.tp_sizes), plan.ranks_per_gpu) as ranks:
@@ -145,86 +135,8 @@ def run(
     return _report(plan, verdicts, seen)
 
 
-def _make_plan(
-    ref: SubjectRef,
-    subject: Subject,
-    tp_sizes: Sequence[int] | None,
-    *,
-    backend: str,
-    ranks_per_gpu: int | None,
-    dtypes: Sequence[str],
-    cases: int,
-    max_failures: int | None,
-    case: str | None,
-    batch: int | None,
-    seq_len: int | None,
-    seed: int,
-    settings: Settings,
-    options: tuple[str, ...],
-) -> _Plan:
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise TPCheckError(f"dtype={dtype!r}, but should be one of {', '.join(DTYPES)}")
-    for name, value in (("cases", cases), ("batch", batch), ("seq_len", seq_len)):
-        if value is not None and value < 1:
-            raise TPCheckError(f"{name}={value}, but should be at least 1")
-    if seed < 0:
-        raise TPCheckError(f"seed={seed}, but should be at least 0")
-    longest = subject.options.seq_len
-    if seq_len is not None and longest and seq_len > longest and subject.options.spec is None:
-        raise TPCheckError(
-            f"seq_len={seq_len}, but should be at most {longest}, the longest {subject.name} takes"
-        )
-    degrees = _degrees(subject, tp_sizes, backend, ranks_per_gpu)
-    first = Case(seed, batch or DEFAULT_BATCH, seq_len or longest)
-    chosen = (
-        (Case.parse(case),)
-        if case is not None
-        else tuple(replace(first, seed=seed + offset) for offset in range(cases))
-    )
-    return _Plan(
-        ref=ref,
-        subject=subject,
-        tp_sizes=degrees,
-        dtypes=tuple(dict.fromkeys(dtypes)),
-        cases=chosen,
-        settings=replace(settings, tp_sizes=degrees),
-        backend=backend,
-        ranks_per_gpu=ranks_per_gpu,
-        max_failures=max_failures,
-        options=options,
-        asked=tp_sizes is not None,
-    )
-
-
-def _degrees(
-    subject: Subject, asked: Sequence[int] | None, backend: str, ranks_per_gpu: int | None
-) -> tuple[int, ...]:
-    """Return what was asked for, or the defaults that the plan and the backend allow."""
-    if asked is not None:
-        for size in asked:
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise TPCheckError(f"tp={size!r}, but should be a whole number of at least 1")
-        if not asked:
-            raise TPCheckError("tp is empty, but should name at least one degree")
-        return tuple(dict.fromkeys(asked))
-    degrees = list(DEFAULT_TP_SIZES)
-    spec = subject.options.spec
-    if spec is not None and subject.options.specs is None:
-        legal = legal_tp_sizes(spec, up_to=max(degrees))
-        degrees = [size for size in degrees if size in legal]
-    room = backend_room(backend, ranks_per_gpu)
-    fitting = tuple(size for size in degrees if size <= room)
-    if not fitting:
-        raise TPCheckError(
-            f"none of the default degrees 2, 4, 8 can be run for {subject.name};"
-            " name degrees with --tp"
-        )
-    return fitting
-
-
 def _verdicts(
-    plan: _Plan, ranks: Ranks, seen: _Seen, progress: Progress | None
+    plan: RunPlan, ranks: Ranks, seen: _Seen, progress: Progress | None
 ) -> Iterator[Verdict]:
     total = len(plan.cases) * len(plan.dtypes) * len(plan.tp_sizes)
     done = failures = 0
@@ -236,7 +148,7 @@ def _verdicts(
                 if progress is not None:
                     progress(done, total, f"{case.id} tp={tp_size} {dtype}")
                 verdict = _verdict(plan, investigation, subject, spec, case, tp_size, dtype, seen)
-                if ranks.label == "sim" and verdict.outcome in ("WRONG", "ERROR"):
+                if _needs_confirmation(plan, ranks, verdict):
                     verdict = _confirmed(plan, subject, case, tp_size, dtype, verdict)
                 yield verdict
                 done += 1
@@ -256,7 +168,7 @@ def _drawn(subject: Subject, case: Case) -> tuple[Subject, ModelSpec | None]:
 
 
 def _verdict(
-    plan: _Plan,
+    plan: RunPlan,
     investigation: Investigation,
     subject: Subject,
     drawn: ModelSpec | None,
@@ -265,7 +177,7 @@ def _verdict(
     dtype: str,
     seen: _Seen,
 ) -> Verdict:
-    repro = _repro(plan, case, tp_size, dtype)
+    repro = repro_line(plan, case, tp_size, dtype)
     illegal = _refusal(subject, tp_size)
     if illegal is not None and drawn is None:
         return refused(case, tp_size, dtype, str(illegal), repro=repro)
@@ -312,8 +224,13 @@ def _remember(seen: _Seen, found: Findings) -> None:
     seen.collectives |= found.collectives
 
 
+def _needs_confirmation(plan: RunPlan, ranks: Ranks, verdict: Verdict) -> bool:
+    simulated = ranks.label == "sim" and plan.settings.confirm
+    return simulated and verdict.outcome in ("WRONG", "ERROR")
+
+
 def _confirmed(
-    plan: _Plan, subject: Subject, case: Case, tp_size: int, dtype: str, simulated: Verdict
+    plan: RunPlan, subject: Subject, case: Case, tp_size: int, dtype: str, simulated: Verdict
 ) -> Verdict:
     """Hold a failure seen only in simulation against real ranks before it counts."""
     if tp_size > CONFIRM_UP_TO or tp_size == 1:
@@ -333,61 +250,7 @@ def _confirmed(
     return replace(real, reasons=(*real.reasons, note))
 
 
-@contextmanager
-def open_ranks(backend: str, size: int, ranks_per_gpu: int | None) -> Iterator[Ranks]:
-    """Yield ranks of a backend that can hold `size`; real ones stay warm for the session.
-
-    Raises:
-        BackendError: the backend cannot hold that many ranks here.
-    """
-    chosen = _chosen_backend(backend, size, ranks_per_gpu)
-    if chosen == "sim":
-        from tpcheck.groups.simulated import SimulatedRanks
-
-        simulated = SimulatedRanks()
-        try:
-            yield simulated
-        finally:
-            simulated.close()
-        return
-    from tpcheck.groups.pool import get_pool
-    from tpcheck.groups.torchrun import driver_ranks
-
-    world = driver_ranks(chosen)
-    if world is not None and size > world.max_size:
-        raise BackendError(
-            f"tp={size}, but should be at most WORLD_SIZE={world.max_size} under torchrun"
-        )
-    yield world if world is not None else get_pool(chosen, size, ranks_per_gpu)
-
-
-def backend_room(backend: str, ranks_per_gpu: int | None) -> int:
-    """Return how many ranks a backend can hold here."""
-    from tpcheck.groups.nccl import visible_gpu_count
-    from tpcheck.groups.torchrun import torchrun_world
-
-    world = torchrun_world()
-    if world is not None:
-        return world.size
-    if backend == "nccl":
-        room: int = max(1, visible_gpu_count()) * (ranks_per_gpu or 1)
-        return room
-    return 64
-
-
-def _chosen_backend(backend: str, size: int, ranks_per_gpu: int | None) -> str:
-    if backend not in BACKENDS:
-        raise TPCheckError(f"backend={backend!r}, but should be one of {', '.join(BACKENDS)}")
-    if ranks_per_gpu is not None and backend != "nccl":
-        raise TPCheckError(f"ranks_per_gpu={ranks_per_gpu} needs backend nccl, not {backend}")
-    if backend != "auto":
-        return backend
-    from tpcheck.groups.nccl import visible_gpu_count
-
-    return "nccl" if visible_gpu_count() >= size else "gloo"
-
-
-def _report(plan: _Plan, verdicts: tuple[Verdict, ...], seen: _Seen) -> Report:
+def _report(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: _Seen) -> Report:
     facts = environment.collect()
     facts |= {"backend": seen.label, "subject": seen.facts}
     differences = [] if seen.label == "nccl" else [f"backend {seen.label}, not nccl"]
@@ -402,35 +265,83 @@ def _report(plan: _Plan, verdicts: tuple[Verdict, ...], seen: _Seen) -> Report:
     )
 
 
-def _repro(plan: _Plan, case: Case, tp_size: int, dtype: str) -> str:
-    if plan.ref.kind == "pickled":
-        return (
-            f"tpcheck.run({plan.ref.label.split(':')[-1].split('.')[-1]}, ({tp_size},),"
-            f" dtypes=({dtype!r},), case={case.id!r})"
-        )
-    words = ["tpcheck", "run", plan.ref.label, "--tp", str(tp_size), "--dtype", dtype]
-    words += ["--seed", str(case.seed), "--case", case.id, *plan.options]
-    return shlex.join(words)
+@dataclass(frozen=True, slots=True)
+class FaultResult:
+    """Which checks caught one planted fault, at every degree and dtype it was planted at.
+
+    caught_by: checks that failed everywhere. drift_ratio: the smallest eN/e1 seen. expected: the
+    check that has to catch it. drift: whether drift alone did, everywhere. reason: why it did not.
+    """
+
+    fault: str
+    thread: str
+    expected: str
+    caught_by: tuple[str, ...]
+    drift: bool
+    drift_expected: bool
+    cases_needed: int
+    reason: str | None
+
+    @property
+    def survived(self) -> bool:
+        """True when the check that names it missed it, or drift missed what it can see."""
+        return self.expected not in self.caught_by or (self.drift_expected and not self.drift)
 
 
-def _repro_options(
-    backend: str,
-    batch: int | None,
-    seq_len: int | None,
-    atol: float | None,
-    rtol: float | None,
-    preset: str | None,
-) -> tuple[str, ...]:
-    given = {"--backend": backend, "--atol": atol, "--rtol": rtol, "--preset": preset}
-    return tuple(
-        word
-        for option, value in given.items()
-        if value not in (None, "auto")
-        for word in (option, str(value))
+def selfcheck(
+    tp_sizes: Sequence[int] = DEFAULT_TP_SIZES,
+    dtypes: Sequence[str] = ("bfloat16",),
+    *,
+    backend: str = "sim",
+    seed: int = 0,
+    faults: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> list[FaultResult]:
+    """Plant every known fault in the reference decoder and say which check catches it.
+
+    Simulated failures are not confirmed on real ranks here: the faults are known to be faults.
+
+    Raises:
+        TPCheckError: an unknown fault, degree, dtype or backend.
+    """
+    names = list(FAULTS if faults is None else faults)
+    results = []
+    for done, name in enumerate(names):
+        if progress is not None:
+            progress(done, len(names), name)
+        results.append(_planted(name, tp_sizes, dtypes, backend, seed))
+    if progress is not None:
+        progress(len(names), len(names), "done")
+    return results
+
+
+def _planted(
+    name: str, tp_sizes: Sequence[int], dtypes: Sequence[str], backend: str, seed: int
+) -> FaultResult:
+    fault = FAULTS.get(name)
+    if fault is None:
+        raise SubjectError(f"fault={name!r}, but should be one of {', '.join(FAULTS)}")
+    shown = [dtype for dtype in dtypes if not fault.dtypes or dtype in fault.dtypes]
+    report = run(
+        f"builtin:llama-tiny+{name}",
+        [size for size in tp_sizes if size >= fault.min_tp],
+        backend=backend,
+        dtypes=shown or fault.dtypes,
+        seed=seed,
+        confirm=False,
     )
-
-
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise TPCheckError(f"{name}={value}, but should be more than 0 seconds")
-    return value
+    failed = [
+        {check for check, result in verdict.checks.items() if result.outcome == FAIL}
+        for verdict in report.verdicts
+    ]
+    everywhere = set.intersection(*failed)
+    return FaultResult(
+        fault=name,
+        thread=fault.thread,
+        expected=fault.caught_by,
+        caught_by=tuple(check for check in CHECK_NAMES if check in everywhere),
+        drift="drift" in everywhere,
+        drift_expected=fault.drift,
+        cases_needed=1,
+        reason=None if fault.drift else fault.reason,
+    )

@@ -20,7 +20,8 @@ def main() -> None:
     if mode == "child":
         (reply, _) = pool.run([Job("chaos_jobs:start_a_child", None, 2)])[0].replies
         facts["pids"].append(reply)
-    print(json.dumps(facts), flush=True)
+    sys.stdout.write(json.dumps(facts) + "\n")
+    sys.stdout.flush()
     if mode == "exit":
         return
     pool.run([Job("chaos_jobs:sleep_before_collective", {"rank": 1}, 2, timeout_s=600)])

@@ -1,6 +1,6 @@
 """A rank that raises, dies, hangs or disagrees is named, and the next job runs."""
 
-import json
+import os
 import random
 import signal
 import threading
@@ -106,8 +106,7 @@ def test_a_rank_that_returns_without_a_collective_is_a_schedule_failure(pool):
     failure = failure_of(pool, "return_early", {"rank": 1}, size=4)
     assert failure.kind == "schedule"
     assert failure.message == (
-        "ranks 0, 2-3 wait in all_reduce([3] float32, sum) (#1),"
-        " rank 1 returned after 1 collective"
+        "ranks 0, 2-3 wait in all_reduce([3] float32, sum) (#1), rank 1 returned after 1 collective"
     )
 
 
@@ -129,19 +128,23 @@ def test_a_stopped_rank_has_no_stack_and_says_so(pool):
 
 
 def test_ranks_killed_at_random_moments_never_stop_the_pool(pool):
-    random_ = random.Random(7)
+    moments = random.Random(7)
+    hits = 0
     for round_ in range(20):
-        size, victim = (2, round_ % 2) if round_ % 3 == 0 else (4, round_ % 4)
+        size = 2 if round_ % 3 == 0 else 4
         pool.run([job("empty", size=size)])
-        links = [pool.fleet.link(rank) for rank in range(4)]
-        delay = random_.uniform(0.0, 0.15)
-        timer = threading.Timer(delay, links[victim].kill_process)
+        world = [
+            link for link in map(pool.fleet.link, range(4)) if link.layout.endswith(f"-{size}")
+        ]
+        timer = threading.Timer(moments.uniform(0.0, 0.15), world[round_ % size].kill_process)
         timer.start()
         (result,) = pool.run([job("loop", {"seconds": 0.3}, size=size)])
         timer.join()
-        if result.failure is not None:  # a job of two ranks may run on two others
+        if result.failure is not None:  # killed before the job began, a rank is replaced unseen
+            hits += 1
             assert result.failure.kind == "died", result.failure
-            assert "was killed by SIGKILL" in result.failure.message
+            assert result.failure.message.startswith(f"rank {round_ % size} was killed by SIGKILL")
+    assert hits >= 5
     assert_next_job_runs(pool)
 
 
@@ -161,14 +164,12 @@ def test_a_failure_leaves_the_job_beside_it_alone(pool):
 
 
 def test_the_death_of_the_zygote_fails_the_job_and_not_the_session(pool):
-    (before,) = pool.run([job("whoami", size=4)])
+    pool.run([job("empty", size=4)])
     zygote = pool.fleet.pids[0]
-    timer = threading.Timer(0.2, lambda: __import__("os").kill(zygote, signal.SIGKILL))
+    timer = threading.Timer(0.2, os.kill, (zygote, signal.SIGKILL))
     timer.start()
     (result,) = pool.run([job("loop", {"seconds": 30}, size=4)])
     timer.join()
     assert result.failure.kind == "died"
     assert "died together with the process that started it" in result.failure.message
     assert_next_job_runs(pool)
-    assert json.dumps(result.failure.message)
-    assert len(before.replies) == 4

@@ -117,19 +117,18 @@ def test_a_tolerance_below_the_floor() -> None:
         models.py:build  tp 2 · bfloat16 · nccl
         1 verdict: 1 DRIFT
 
-        case         tp  dtype     outcome    atol    failed
+        case       tp    dtype     outcome    atol      failed
                                               needed
-        ---------  ----  --------  ---------  ------  --------
-        s7-b2-t16     2  bfloat16  DRIFT      0.06    allclose
+        ---------  ----  --------  ---------  --------  --------
+        s7-b2-t16  2     bfloat16  DRIFT      0.06      allclose
 
         DRIFT  s7-b2-t16 tp=2 bfloat16
-          same function; your tolerance 1e-2 is below this dtype's floor (TP=1 itself is 0.031 from float64);
-            smallest that passes: 0.06
+          same function; your tolerance 1e-2 is below this dtype's floor (TP=1 itself is 0.031 from float64); smallest
+            that passes: 0.06
           allclose: outside
           allclose  required atol 0.06, atol 0.01, rtol 0.01 (user)
           repro: tpcheck run models.py:build --tp 2 --atol 0.01
-          next:  allow --atol 0.06, or leave --atol and --rtol out: the derived tolerance is shown, it never
-                 decides
+          next:  allow --atol 0.06, or leave --atol and --rtol out: a derived tolerance never decides
 
         path    nccl · 4 all_reduce
         ran on  torch 2.13.0 · python 3.11.7 · device cpu · tpcheck 0.1.0""")  # noqa: E501

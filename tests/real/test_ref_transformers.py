@@ -7,8 +7,8 @@ what shows that the two compute the same function and that the rest is rounding.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,8 @@ import torch
 
 from tests.groups import single_group
 from tests.models import MODELS, load_model, make_model
-from tpcheck.reference.checkpoint import Checkpoint, load_decoder
+from tpcheck.reference.checkpoint import Checkpoint, CheckpointWeights, load_decoder, read_spec
+from tpcheck.reference.decoder import build_decoder
 
 pytest.importorskip("transformers")
 
@@ -71,8 +72,7 @@ def reference_logits(directory: Path, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def transformers_logits(directory: Path, input_ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with torch.no_grad():
         return load_model(directory)(input_ids, use_cache=False).logits
 
 
@@ -96,6 +96,23 @@ def test_ref_equals_transformers_with_wide_casts_to_1e_12(
     directory = make_model(models / name, name)
     expected = transformers_logits(directory, input_ids())
     assert relative_rms(reference_logits(directory, input_ids()), expected) < 1e-12
+
+
+def test_the_1e_12_comparison_sees_a_norm_epsilon_off_by_a_millionth(
+    models: Path, wide_casts: None
+) -> None:
+    directory = make_model(models / "llama", "llama")
+    spec = read_spec(directory)
+    off = replace(spec, norm_eps=spec.norm_eps * (1 + 1e-6))
+    tp = single_group(dtype=torch.float64, weight_dtype=torch.float32)
+    logits = build_decoder(off, tp, CheckpointWeights(directory, tp))(input_ids())
+    assert relative_rms(logits, transformers_logits(directory, input_ids())) > 2e-12
+
+
+def test_the_hard_casts_are_what_the_1e_6_allows_for(models: Path) -> None:
+    directory = make_model(models / "llama", "llama")
+    expected = transformers_logits(directory, input_ids())
+    assert relative_rms(reference_logits(directory, input_ids()), expected) > 1e-9
 
 
 def test_a_sharded_index_reads_as_the_single_file_does(models: Path) -> None:

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import stat
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -288,6 +290,12 @@ def test_a_device_is_written_to_and_not_replaced() -> None:
     write_text("x", os.devnull)
     assert_writable(os.devnull)
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+
+
+def test_a_pipe_is_written_to(tmp_path: Any) -> None:
+    code = "from tpcheck.files import *; p = '/dev/stdout'; assert_writable(p); write_text('x', p)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
+    assert done.stdout == b"x\n"
 
 
 def test_unwritable_places_are_found_before_anything_is_written(tmp_path: Any) -> None:

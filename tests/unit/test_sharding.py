@@ -41,7 +41,10 @@ SOUND: dict[str, list[Placement]] = {
     "copies of slices": rows((0, 3), (0, 3), (3, 6), (3, 6)),
     "a rank that holds nothing": [*rows((0, 6)), Slices([])],
     "slices beside a replica": [Replicate(), *rows((2, 4))],
-    "open slices": [Slices([(slice(None), slice(None, 3))]), Slices([(slice(None), slice(3, None))])],
+    "open slices": [
+        Slices([(slice(None), slice(None, 3))]),
+        Slices([(slice(None), slice(3, None))]),
+    ],
 }
 
 
@@ -145,7 +148,10 @@ def test_partials_that_count_a_term_twice_are_named() -> None:
         ([], "0 local tensors, but should be 1"),
         ([Shard(2)] * 2, "Shard(dim=2), but should be a dim of shape [6, 4]"),
         ([Shard(0), Replicate()], "rank 1: placement=Replicate()"),
-        ([Shard(0), Shard(1)], "rank 1: placement=Shard(dim=1), but should be rank 0's Shard(dim=0)"),
+        (
+            [Shard(0), Shard(1)],
+            "rank 1: placement=Shard(dim=1), but should be rank 0's Shard(dim=0)",
+        ),
         ([Slices([(slice(0, 6, 2), slice(0, 3))])], "should be at most 2 slices of step 1"),
         ([Slices([((slice(0, 1),) * 3, slice(0, 1))])], "should be at most 2 slices"),
         ([Slices([(slice(0, 2), slice(-2, 0))])], "but should lie within 0:6"),

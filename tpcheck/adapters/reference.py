@@ -17,7 +17,7 @@ from tpcheck.spec import ModelSpec
 from tpcheck.subjects import DEFAULT_SEQ_LEN, Subject, SubjectOptions
 
 if TYPE_CHECKING:
-    from tpcheck.groups.base import TPGroup
+    from tpcheck.groups.base import RecordedGroup, TPGroup
 
 _LLAMA = ModelSpec(
     vocab_size=131,
@@ -107,12 +107,10 @@ def load_directory(directory: str) -> Subject:
         SubjectError: the directory, its config.json or its safetensors are missing.
         PlanError: the config is malformed, or says something the reference cannot do.
     """
-    from pathlib import Path
+    from tpcheck.reference.checkpoint import read_spec
 
-    from tpcheck.hf_config import read_config, spec_from_config
-
-    spec = spec_from_config(read_config(Path(directory)))
-    build = partial(_build_checkpoint, spec, directory)
+    spec = read_spec(directory)
+    build = partial(_build_checkpoint, directory)
     return Subject(f"ref:{directory}", build, _options(spec))
 
 
@@ -130,8 +128,7 @@ def _build_generated(spec: ModelSpec, fault: Fault | None, tp: TPGroup) -> Any:
     return decoder
 
 
-def _build_checkpoint(spec: ModelSpec, directory: str, tp: TPGroup) -> Any:
-    from tpcheck.reference.checkpoint import CheckpointWeights
-    from tpcheck.reference.decoder import build_decoder
+def _build_checkpoint(directory: str, tp: RecordedGroup) -> Any:
+    from tpcheck.reference.checkpoint import load_decoder
 
-    return build_decoder(spec, tp, CheckpointWeights(directory, tp))
+    return load_decoder(directory, tp)

@@ -88,6 +88,10 @@ class Fleet(Protocol):
         """Free shared weights beyond the limit; called while no job runs."""
         ...
 
+    def abandon(self) -> None:
+        """Kill every rank at once; `link` starts new ones."""
+        ...
+
     def close(self) -> None:
         """End every process and remove every file. Safe to call twice."""
         ...
@@ -152,15 +156,13 @@ class LocalFleet:
     def __init__(
         self,
         size: int,
-        settings: Callable[[int], RankSettings],
-        environment: Callable[[int], dict[str, str]],
+        launch: Callable[[int], tuple[RankSettings, dict[str, str]]],
         preload: Sequence[str],
         zygote_environment: dict[str, str],
     ) -> None:
         self.size = size
         self.exits: dict[int, int] = {}
-        self._settings = settings
-        self._environment = environment
+        self._launch = launch
         self._preload = list(preload)
         self._zygote_environment = zygote_environment
         self._links: dict[int, LocalLink] = {}
@@ -227,6 +229,9 @@ class LocalFleet:
         if self._scratch is not None:
             FileStore(self._scratch.weights).trim(self._scratch.weights_limit())
 
+    def abandon(self) -> None:
+        self.close()
+
     def close(self) -> None:
         for link in self._links.values():
             link.close()
@@ -270,11 +275,12 @@ class LocalFleet:
 
     def _fork(self, rank: int) -> LocalLink:
         ours, theirs = socket.socketpair()
-        settings = dataclasses.replace(self._settings(rank), scratch=str(self.scratch.path))
+        settings, environment = self._launch(rank)
+        settings = dataclasses.replace(settings, scratch=str(self.scratch.path))
         request = {
             "do": "fork",
             "settings": dataclasses.asdict(settings),
-            "environment": self._environment(rank),
+            "environment": environment,
         }
         with theirs:
             self._ask(request, theirs.fileno())

@@ -111,13 +111,13 @@ STACK_SIGNAL = signal.SIGUSR1
 
 def write_stacks_to(path: Path) -> None:
     """Make this process write its stacks to `path` on STACK_SIGNAL and on a fatal signal."""
-    file = open(path, "wb", buffering=0)  # noqa: SIM115 - stays open as long as the process lives
+    file = open(path, "wb", buffering=0)
     faulthandler.enable(file=file)
     faulthandler.register(STACK_SIGNAL, file=file, all_threads=True, chain=False)
     _kept_open.append(file)
 
 
-_kept_open: list[object] = []
+_kept_open: list[object] = []  # faulthandler keeps the descriptor only
 
 
 def subject_part(stack: str) -> str:

@@ -106,7 +106,7 @@ class RankPool:
             try:
                 return self._run(jobs)
             except BaseException:
-                self.close()  # also at Ctrl-C: no rank goes on with what nobody waits for
+                self._fleet.abandon()  # also at Ctrl-C: nobody waits for these ranks any more
                 raise
 
     def close(self) -> None:
@@ -275,24 +275,27 @@ _pools: dict[str, RankPool] = {}
 def _local_fleet(
     size: int, backend: str, label: str, ranks_per_gpu: int | None, preload: Sequence[str]
 ) -> LocalFleet:
-    loopback = label == "nccl-loopback"
-    devices: list[int] = []
+    devices: list[int | None] = [None] * size
     if backend == "nccl":
-        devices = gpu_layout(size, visible_gpu_count(), ranks_per_gpu)
+        devices = [*gpu_layout(size, visible_gpu_count(), ranks_per_gpu)]
+
+    def launch(rank: int) -> tuple[RankSettings, dict[str, str]]:
+        return launch_settings(rank, devices[rank], label)
+
+    return LocalFleet(size, launch, preload, rank_environment())
+
+
+def launch_settings(
+    rank: int, device: int | None, label: str
+) -> tuple[RankSettings, dict[str, str]]:
+    """Return how to start one rank: its settings and environment. `device` None means the CPU."""
+    if device is None:
+        return RankSettings(rank=rank, backend="gloo", label=label), {}
+    loopback = label == "nccl-loopback"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-
-    def settings(rank: int) -> RankSettings:
-        device = "cpu"
-        if devices:
-            device = "cuda:0" if loopback else f"cuda:{devices[rank]}"
-        return RankSettings(rank=rank, scratch="", backend=backend, label=label, device=device)
-
-    def environment(rank: int) -> dict[str, str]:
-        if not devices:
-            return {}
-        return launch_environment(rank, devices[rank], loopback, visible=visible)
-
-    return LocalFleet(size, settings, environment, preload, rank_environment())
+    name = "cuda:0" if loopback else f"cuda:{device}"
+    settings = RankSettings(rank=rank, backend="nccl", label=label, device=name)
+    return settings, launch_environment(rank, device, loopback, visible=visible)
 
 
 def rank_environment(*, local: bool = True) -> dict[str, str]:

@@ -99,8 +99,8 @@ def receive(sock: socket.socket) -> Any:
     Raises:
         EOFError: the other side is gone.
     """
-    head = _read_exactly(sock, _LENGTH.size)
-    return unpack(_read_exactly(sock, _LENGTH.unpack(head)[0]))
+    head = read_exactly(sock, _LENGTH.size)
+    return unpack(read_exactly(sock, _LENGTH.unpack(head)[0]))
 
 
 def frame(value: object) -> list[Buffer]:
@@ -166,6 +166,10 @@ class Channel:
                     messages.append(message)
         return messages
 
+    def detach(self) -> socket.socket:
+        """Give the socket up, for another channel over it."""
+        return self._sock
+
     def close(self) -> None:
         self.closed = True
         self._outgoing.clear()
@@ -190,7 +194,7 @@ class _Pickler(pickle.Pickler):
         if obj.layout is not torch.strided or obj.is_meta or obj.is_quantized:
             return NotImplemented
         plain = obj.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        raw = plain.view(-1).view(torch.uint8).numpy()
+        raw: Any = plain.view(-1).view(torch.uint8).numpy()
         is_parameter = type(obj) is torch.nn.Parameter
         fields = (obj.dtype, tuple(obj.shape), obj.requires_grad, is_parameter)
         return _rebuild_tensor, (pickle.PickleBuffer(raw), *fields)
@@ -227,7 +231,12 @@ def _aligned(offset: int) -> int:
     return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
-def _read_exactly(sock: socket.socket, count: int) -> bytearray:
+def read_exactly(sock: socket.socket, count: int) -> bytearray:
+    """Wait for `count` bytes.
+
+    Raises:
+        EOFError: the other side is gone.
+    """
     data = bytearray(count)
     view = memoryview(data)
     while len(view):

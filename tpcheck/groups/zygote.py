@@ -72,7 +72,8 @@ class _Zygote:
         self._say(ready=True)
         while os.getppid() == self._parent:
             # A fork of the parent may hold our socket open, so its end is not the only sign.
-            ready, _, _ = select.select([self._control, self._wake], [], [], _LOOK_AT_PARENT_S)
+            sources: list[Any] = [self._control, self._wake]
+            ready, _, _ = select.select(sources, [], [], _LOOK_AT_PARENT_S)
             if self._wake in ready:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._wake, 4096)

@@ -98,9 +98,9 @@ def sum_nodes(tensors: Sequence[Tensor], kind: str = "ring") -> list[Tensor]:
 
     These are the nodes of the sigma law: expected error^2, in units of the TP=1 error, is
     (sum over ranks of |partial|^2 + sum over nodes of |partial sum|^2) / |total|^2; the ranks' own
-    terms fall away for fp32_wire, whose operands are not rounded. `wide` and `fp32_wire` round once,
-    so their only node is the total. Ring nodes are elementwise: an element's k-th node follows the
-    order of its own chunk.
+    terms fall away for fp32_wire, whose operands are not rounded. `wide` and `fp32_wire` round
+    once, so their only node is the total. Ring nodes are elementwise: an element's k-th node
+    follows the order of its own chunk.
 
     Args:
         tensors: one per rank, in rank order; their dtype decides where chunks begin.

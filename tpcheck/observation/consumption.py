@@ -83,6 +83,10 @@ class _Reads(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._consumption = consumption
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps every op in a lazily imported, slow dynamo guard
+
     def __torch_dispatch__(
         self,
         func: Any,

@@ -11,6 +11,7 @@ in a second run; the response of the output is what rounding at those casts can 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,6 +67,10 @@ class Watch(TorchDispatchMode):
         self._pinned = pinned
         self._casts: dict[tuple[str, str, str], int] = {}
         self._open = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch wraps every op in a lazily imported, slow dynamo guard
 
     @property
     def casts(self) -> tuple[NarrowCast, ...]:
@@ -157,6 +162,7 @@ def half_ulp_noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return torch.where(wide.isfinite(), moved, wide).to(x.device, x.dtype)
 
 
+@functools.cache
 def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 

@@ -16,7 +16,8 @@ import torch
 
 from tpcheck.errors import SubjectError
 from tpcheck.groups.base import RecordedGroup
-from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
+from tpcheck.placement import Placement
+from tpcheck.sharding import shard
 from tpcheck.trace import Collective
 
 
@@ -159,35 +160,13 @@ def replay_modules(
         point = points.get(fqn)
         if point is None or point.in_placement is None or fqn not in tracer.records:
             continue
-        local = place(full.to(group.device), point.in_placement, group.rank, group.size)
+        local = shard(full.to(group.device), point.in_placement, group.rank, group.size)
         single = ModuleTracer({fqn: point}, group)
         with single:
             point.module(local)
         replayed[fqn] = single.records[fqn]
     group.recorder.take()
     return replayed
-
-
-def place(full: torch.Tensor, placement: Placement, rank: int, size: int) -> torch.Tensor:
-    """Return what rank `rank` of `size` holds of `full` under `placement`.
-
-    A Partial operand is given whole to rank 0 and zero to the others: their sum is `full`.
-    """
-    if isinstance(placement, Shard):
-        return full.tensor_split(size, placement.dim)[rank].contiguous()
-    if isinstance(placement, Partial):
-        return full.clone() if rank == 0 else torch.zeros_like(full)
-    if isinstance(placement, Slices):
-        extent = [
-            max(s.stop for s in dims)
-            for dims in zip(*(p[0] for p in placement.pieces), strict=True)
-        ]
-        local = full.new_zeros(extent)
-        for here, there in placement.pieces:
-            local[here] = full[there]
-        return local
-    assert isinstance(placement, Replicate)
-    return full.clone()
 
 
 def _is_tensor(value: Any) -> bool:

@@ -37,8 +37,7 @@ def load_decoder(directory: str | Path, tp: RecordedGroup) -> Decoder:
         PlanError: config.json is malformed, or describes what the reference decoder cannot do.
         IllegalDegreeError: the model cannot be split over tp.size ranks.
     """
-    spec = read_spec(directory)
-    return build_decoder(spec, tp, CheckpointWeights(Checkpoint(directory), spec, tp))
+    return build_decoder(read_spec(directory), tp, CheckpointWeights(directory, tp))
 
 
 def read_spec(directory: str | Path) -> ModelSpec:
@@ -64,15 +63,20 @@ class Checkpoint:
         return tuple(self._open(self._file(name)).get_slice(name).get_shape())
 
     def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
-        """Return indices start to stop of `dim`, in the dtype stored. Reads those bytes only."""
+        """Return indices start to stop of `dim`, in the dtype stored.
+
+        Reads those bytes only, as far as pages allow: a cut along dim 1 takes a few bytes of every
+        row, so that the kernel may read most of that tensor. What stays in memory is the slice.
+        """
         whole = self._open(self._file(name)).get_slice(name)
         if start == stop:  # safetensors refuses empty slices
             shape = list(whole.get_shape())
             shape[dim] = 0
             some = whole[tuple(slice(0, 1) for _ in shape)]
             return torch.empty(shape, dtype=some.dtype)
+        # A view of the mapped file: copied, so that the weights outlive the file and its mapping.
         part: torch.Tensor = whole[(*[slice(None)] * dim, slice(start, stop))]
-        return part
+        return part.clone(memory_format=torch.contiguous_format)
 
     def _file(self, name: str) -> str:
         if name not in self._files:
@@ -123,12 +127,19 @@ class Checkpoint:
 
 
 class CheckpointWeights:
-    """A checkpoint as the decoder's source of weights, checked against what the spec needs."""
+    """A directory as the decoder's source of weights, held against what its config needs.
 
-    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, tp: RecordedGroup) -> None:
-        self._checkpoint, self._tp = checkpoint, tp
-        self._stored = stored_tensors(spec, checkpoint.names)
-        _require_fit(checkpoint, spec, self._stored)
+    Raises:
+        SubjectError: files or tensors are missing, extra or of another shape.
+        PlanError: config.json is malformed, or describes what the reference decoder cannot do.
+    """
+
+    def __init__(self, directory: str | Path, tp: RecordedGroup) -> None:
+        self._tp = tp
+        self._checkpoint = Checkpoint(directory)
+        spec = read_spec(directory)
+        self._stored = stored_tensors(spec, self._checkpoint.names)
+        _require_fit(self._checkpoint, spec, self._stored)
 
     def slice(
         self, name: str, shape: tuple[int, ...], dim: int, start: int, stop: int
@@ -155,13 +166,11 @@ def _require_fit(checkpoint: Checkpoint, spec: ModelSpec, stored: Mapping[str, S
     have, used = set(checkpoint.names), {entry.name for entry in stored.values()}
     missing = [entry.name for entry in stored.values() if entry.name not in have]
     if missing:
-        raise SubjectError(f"{where}: {_count(missing, 'missing tensor')} [{spec.model_type}]")
+        raise SubjectError(f"{where}: {_listed('missing', missing)} [{spec.model_type}]")
     extra = [name for name in checkpoint.names if name not in used and not _ignorable(name, spec)]
     if extra:
-        raise SubjectError(
-            f"{where}: {_count(extra, 'tensor')} that config.json gives no use for"
-            f" [{spec.model_type}]"
-        )
+        listed = _listed("that config.json gives no use for", extra)
+        raise SubjectError(f"{where}: {listed} [{spec.model_type}]")
     for name, tensor in logical_tensors(spec).items():
         expected = stored[name].stored_shape(tensor.shape)
         actual = checkpoint.shape(stored[name].name)
@@ -179,6 +188,7 @@ def _ignorable(name: str, spec: ModelSpec) -> bool:
     return tied_head or name.endswith(derived)
 
 
-def _count(names: list[str], what: str) -> str:
+def _listed(what: str, names: list[str]) -> str:
+    """Say `2 tensors missing: a, b`, at most three by name."""
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{len(names)} {what}{'s' if len(names) > 1 else ''}: {shown}"
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} {what}: {shown}"

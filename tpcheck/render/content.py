@@ -64,6 +64,18 @@ def number(value: Any) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
+def at_least(value: Any) -> str:
+    """Write a bound so that who types it back is not below it: rounded up to three digits.
+
+    Example:
+        >>> at_least(0.06121), at_least(0.61), at_least(None)
+        ('0.0615', '0.61', '')
+    """
+    text = number(value)
+    rounded_down = isinstance(value, float) and float(text) < value
+    return number(value * 1.005) if rounded_down else text
+
+
 def headline(report: Report) -> str:
     """Say the outcome in one sentence, and what it does not speak for."""
     text = MEANING[report.outcome]
@@ -149,9 +161,7 @@ def shortened(items: Sequence[str], what: str, limit: int = MAX_SHOWN) -> list[s
 
 def _row(group: list[Verdict]) -> tuple[str, ...]:
     first = group[0]
-    failed = [name for name, check in first.checks.items() if check.outcome == FAIL]
-    # an allclose at the derived tolerance decides nothing: it is shown by its number alone
-    deciding = failed if first.outcome != PASS else [name for name in failed if name != "allclose"]
+    failed = [name for name, check in first.checks.items() if _decides(name, check)]
     structural = _largest(group, "structural", "relative_rms")
     drift = _largest(group, "drift", "ratio")
     atol = _largest(group, "allclose", "required_atol")
@@ -162,9 +172,14 @@ def _row(group: list[Verdict]) -> tuple[str, ...]:
         first.outcome,
         _against(structural, "relative_rms", "limit"),
         _against(drift, "ratio", "limit", "expected"),
-        number(atol.facts.get("required_atol")) if atol else "",
-        ", ".join(deciding[:2]) + (f" +{len(deciding) - 2}" if len(deciding) > 2 else ""),
+        at_least(atol.facts.get("required_atol")) if atol else "",
+        ", ".join(failed[:2]) + (f" +{len(failed) - 2}" if len(failed) > 2 else ""),
     )
+
+
+def _decides(name: str, check: Check) -> bool:
+    # an allclose at the derived tolerance decides nothing: its number alone is shown
+    return check.outcome == FAIL and (name != "allclose" or bool(check.facts.get("decides")))
 
 
 def _largest(group: list[Verdict], name: str, key: str) -> Check | None:
@@ -208,13 +223,17 @@ def _finding(verdict: Verdict) -> Finding:
 
 def _fact_line(name: str, check: Check) -> str:
     shown = [
-        f"{fact.replace('_', ' ')} {number(check.facts[fact]) or 'not finite'}"
+        f"{fact.replace('_', ' ')} {_written(fact, check.facts[fact])}"
         for fact in _FACTS.get(name, check.facts)
         if _is_plain(check.facts.get(fact, ()))
     ]
     dtype = f" in {check.facts['dtype']}" if check.facts.get("dtype") else ""
     source = check.facts.get("source") or check.facts.get("expected_source")
     return f"{', '.join(shown)}{dtype}{f' ({source})' if source else ''}"
+
+
+def _written(fact: str, value: Any) -> str:
+    return (at_least(value) if fact == "required_atol" else number(value)) or "not finite"
 
 
 _FACTS = {
@@ -244,8 +263,8 @@ def _next(verdict: Verdict, failed: dict[str, Check]) -> str:
     first = verdict.first_divergence
     if verdict.outcome == "DRIFT" and "drift" not in failed and "allclose" in failed:
         needed = failed["allclose"].facts.get("required_atol")
-        ask = f"allow --atol {number(needed)}, or " if needed is not None else ""
-        return f"{ask}leave --atol and --rtol out: the derived tolerance is shown, it never decides"
+        ask = f"allow --atol {at_least(needed)}, or " if needed is not None else ""
+        return f"{ask}leave --atol and --rtol out: a derived tolerance never decides"
     if verdict.outcome in ("WRONG", "DRIFT") and first is not None:
         where = f" on rank {first.rank}" if first.rank is not None else ""
         return f"compare {first.fqn}{where} with what TP=1 does there"

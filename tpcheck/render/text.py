@@ -55,7 +55,7 @@ def render_finding(finding: Finding) -> str:
         lines.append(_aligned(finding.facts, indent="  "))
     # a command is never wrapped: it is there to be pasted
     lines += [f"  repro: {printable(finding.repro)}"] if finding.repro else []
-    lines += [f"  next:  {printable(finding.next)}"]
+    lines += _wrapped(printable(finding.next), "  next:  ", "         ")
     return "\n".join(lines)
 
 
@@ -109,7 +109,8 @@ def _reason(reason: str) -> list[str]:
 
     A long stack loses its middle: where it was called and where it stands are at its ends.
     """
-    first, *rest = printable(reason).rstrip().split("\n")
+    first, _, detail = printable(reason).rstrip().partition("\n")
+    rest = textwrap.dedent(detail).splitlines()
     lines = _wrapped(first, "  ", "    ")
     cut = len(rest) - MAX_STACK_LINES
     if cut > 0:

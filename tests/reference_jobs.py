@@ -1,0 +1,94 @@
+"""What the reference decoder's tests run on every rank; jobs go by dotted name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpcheck.groups.jobs import Job, World
+from tpcheck.groups.simulated import SimulatedRanks
+from tpcheck.reference.checkpoint import load_decoder
+from tpcheck.reference.decoder import Decoder, build_decoder
+from tpcheck.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One build and forward; `model` is a spec or a model directory."""
+
+    model: ModelSpec | Path
+    ids: torch.Tensor
+    dtype: torch.dtype = torch.float64
+    weight_dtype: torch.dtype = torch.bfloat16
+    poison: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What one rank has to show."""
+
+    logits: torch.Tensor
+    shards: dict[str, Any]
+    collectives: list[str]
+    decoded: torch.Tensor
+    points: dict[str, tuple[torch.Tensor, torch.Tensor, Any, Any]]
+
+
+def on_ranks(run: Run, size: int) -> tuple[Reply, ...]:
+    """Run on simulated ranks and return every rank's reply; a failure is raised."""
+    (result,) = SimulatedRanks().run([Job("tests.reference_jobs:rank_job", run, size)])
+    if result.failure is not None:
+        raise result.failure.exception or RuntimeError(result.failure.message)
+    return result.replies
+
+
+def rank_job(world: World, run: Run) -> Reply:
+    """Build the decoder and collect what the tests look at."""
+    tp: Any = world.group(seed=3, dtype=run.dtype, weight_dtype=run.weight_dtype)
+    by_spec = isinstance(run.model, ModelSpec)
+    decoder = build_decoder(run.model, tp) if by_spec else load_decoder(run.model, tp)
+    if run.poison:
+        poison_pads(decoder)
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor, Any, Any]] = {}
+    handles = []
+    for fqn, (module, before, after) in decoder.trace_points.items():
+
+        def note(
+            _: Any, args: Any, out: Any, fqn: str = fqn, b: Any = before, a: Any = after
+        ) -> None:
+            seen[fqn] = (args[0], out, b, a)
+
+        handles.append(module.register_forward_hook(note))
+    tp.recorder.take()
+    logits = decoder(run.ids)
+    collectives = [call.op for call in tp.recorder.take()]
+    for handle in handles:
+        handle.remove()
+    return Reply(logits, decoder.shards(), collectives, decode(decoder, run.ids), seen)
+
+
+def poison_pads(decoder: Decoder) -> None:
+    """Fill the vocabulary's pad rows with NaN."""
+    pads = decoder.embed_tokens.rows.size
+    decoder.embed_tokens.weight_vD.data[pads:] = float("nan")
+    decoder.lm_head.weight_vD.data[pads:] = float("nan")
+    if decoder.lm_head.bias_v is not None:
+        decoder.lm_head.bias_v.data[pads:] = float("nan")
+
+
+def decode(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits of every position, the first two prefilled, the others one by one."""
+    logits, state = decoder.prefill(ids[:, :2])
+    parts = [logits]
+    for position in range(2, ids.shape[1]):
+        before = [(keys.clone(), values.clone()) for keys, values in state]
+        logits, after = decoder.step(ids[:, position : position + 1], state)
+        for (keys, values), (old_keys, old_values) in zip(state, before, strict=True):
+            assert torch.equal(keys, old_keys), "step changed the state that it was given"
+            assert torch.equal(values, old_values), "step changed the state that it was given"
+        state = after
+        parts.append(logits)
+    return torch.cat(parts, dim=1)

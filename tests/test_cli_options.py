@@ -1,0 +1,196 @@
+"""The command line's face is frozen: names, values and exit codes that others build on.
+
+A failure here is a change of the contract: it needs an issue, not an edit of this list.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from tpcheck.cli import Outputs, app
+from tpcheck.cli_options import parse_tp_sizes
+from tpcheck.errors import TPCheckError
+
+RUN = {
+    "subject": None,
+    "--list": False,
+    "--tp": None,
+    "--backend": "auto",
+    "--ranks-per-gpu": None,
+    "--dtype": ["bfloat16"],
+    "--cases": 1,
+    "--max-failures": None,
+    "--case": None,
+    "--until": None,
+    "--batch": None,
+    "--seq-len": None,
+    "--seed": 0,
+    "--atol": None,
+    "--rtol": None,
+    "--preset": None,
+    "--timeout": 120.0,
+    "--json": None,
+    "--html": None,
+    "--junit": None,
+    "--markdown": None,
+    "--quiet": False,
+    "--no-progress": False,
+}
+COMMANDS = {"run": RUN}
+
+
+def options_of(command: Any) -> dict[str, Any]:
+    return {param.opts[-1]: param.default for param in command.params if param.name != "help"}
+
+
+def tpcheck(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tpcheck", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=cwd,
+    )
+
+
+def test_the_commands_and_their_options_with_defaults() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert {name: options_of(command) for name, command in commands.items()} == COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run"], "error: SUBJECT is missing; `tpcheck run --list` shows the builtin ones"),
+        (["run", "x:y", "--tp", "2,x"], "error: --tp='2,x', but should be whole numbers"),
+        (["run", "x:y", "--tp", "0"], "error: --tp='0', but should be whole numbers"),
+        (["run", "x:y", "--tp", ""], "error: --tp='', but should be whole numbers"),
+        (["run", "x:y", "--atol", "nan"], "error: --atol=nan, but should be a finite number"),
+        (["run", "x:y", "--rtol", "-1"], "error: --rtol=-1.0, but should be a finite number"),
+        (["run", "x:y", "--timeout", "0"], "error: --timeout=0.0, but should be a finite number"),
+        (["run", "x:y", "--json", "none/x.json"], "error: none/x.json: cannot be written: No such"),
+        (["run", "x:y", "--html", "x", "--json", "x"], "error: --html=x, but should differ from"),
+        (["run", "x:y", "--cases", "0"], "--cases"),
+        (["run", "x:y", "--dtype", "float8"], "--dtype"),
+        (["run", "x:y", "--backend", "mpi"], "--backend"),
+        (["run", "x:y", "--nonsense"], "--nonsense"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_a_usage_error_is_exit_2_and_no_traceback(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    done = tpcheck(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_degrees_keep_their_order_and_come_once() -> None:
+    assert parse_tp_sizes("8, 2,8") == (8, 2)
+    assert parse_tp_sizes(None) is None
+    for text in ("²", "2,,4", "1.5", "-2", "2;4"):
+        with pytest.raises(TPCheckError, match="but should be whole numbers"):
+            parse_tp_sizes(text)
+
+
+def test_a_dash_is_stdout_for_json_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Outputs(json=Path("-")).assert_writable()
+    assert list(tmp_path.iterdir()) == []
+
+
+SUBJECT = """
+import torch
+import tpcheck
+
+@tpcheck.subject(vocab_size=32, seq_len=4)
+def build(tp):
+    embed = tp.weight("embed", 32, 16)
+    up = tp.weight("up", 32, 16).chunk(tp.size, 0)[tp.rank]
+    down = tp.weight("down", 16, 32).chunk(tp.size, 1)[tp.rank]
+
+    def forward(input_ids):
+        x = embed[input_ids]
+        partial = torch.relu(x @ up.T) @ down.T
+        return (x + REDUCE(partial)) @ embed.T
+
+    return forward
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "good.py").write_text(SUBJECT.replace("REDUCE", "tp.all_reduce"))
+    (tmp_path / "bad.py").write_text(SUBJECT.replace("REDUCE", ""))
+    return tmp_path
+
+
+def test_a_passing_run_is_exit_0_with_every_output(folder: Path) -> None:
+    outputs = ["--json", "r.json", "--html", "r.html", "--junit", "r.xml", "--markdown", "r.md"]
+    done = tpcheck("run", "good.py:build", "--tp", "2", "--backend", "sim", *outputs, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("PASS (structure); deployed path not exercised: nccl\n")
+    for name in ("r.json", "r.html", "r.xml", "r.md"):
+        assert "PASS" in (folder / name).read_text()
+
+
+def test_a_failing_run_is_exit_1_and_its_repro_repeats_it(folder: Path) -> None:
+    done = tpcheck("run", "bad.py:build", "--tp", "2", "--backend", "sim", cwd=folder)
+    assert done.returncode == 1
+    assert done.stdout.startswith("WRONG")
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("  repro: tpcheck ")]
+    again = tpcheck(*line.removeprefix("  repro: tpcheck ").split(), "--quiet", cwd=folder)
+    assert again.returncode == 1
+    assert again.stdout == done.stdout.splitlines(keepends=True)[0]
+
+
+def test_a_subject_that_is_not_there_is_exit_2(folder: Path) -> None:
+    done = tpcheck("run", "good.py:nothing", "--tp", "2", "--backend", "sim", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_json_on_stdout_is_json_alone(folder: Path) -> None:
+    done = tpcheck(
+        "run", "good.py:build", "--tp", "2", "--backend", "sim", "--json", "-", cwd=folder
+    )
+    assert json.loads(done.stdout)["outcome"] == "PASS"
+
+
+def test_the_list_names_subjects_that_can_be_run() -> None:
+    done = tpcheck("run", "--list")
+    assert done.returncode == 0
+    assert {"builtin:llama-tiny", "builtin:qwen3-tiny", "builtin:gpt2-tiny"} <= set(
+        done.stdout.split()
+    )
+
+
+def test_ctrl_c_is_exit_130_and_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(
+        SUBJECT.replace("REDUCE", "tp.all_reduce").replace(
+            "def build(tp):", "def build(tp):\n    import time; print('up'); time.sleep(60)"
+        )
+    )
+    arguments = ["run", "slow.py:build", "--tp", "2", "--backend", "sim"]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "tpcheck", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "up\n"
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=60)
+    assert (child.returncode, errors) == (130, "")

@@ -1,0 +1,54 @@
+"""Sums over ranks that are missing, doubled, averaged, or carry what they should not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tpcheck.faults.planting import Decoder, fault, reduce_with
+
+if TYPE_CHECKING:
+    from tpcheck.groups.base import TPGroup
+
+
+@fault("vllm-project/tpu-inference#3435", "no all-reduce after the MLP of layer 0")
+def missing_all_reduce(decoder: Decoder, tp: TPGroup) -> None:
+    reduce_with(decoder.layers[0].mlp.down_proj, lambda y: y)
+
+
+@fault("vllm-project/vllm#49366", "the MLP of layer 0 is all-reduced twice")
+def double_all_reduce(decoder: Decoder, tp: TPGroup) -> None:
+    reduce_with(decoder.layers[0].mlp.down_proj, lambda y: tp.all_reduce(tp.all_reduce(y)))
+
+
+@fault("sgl-project/sglang#32963", "the attention output sums only half of the ranks")
+def half_the_group(decoder: Decoder, tp: TPGroup) -> None:
+    mine = tp.rank < (tp.size + 1) // 2
+    o_proj = decoder.layers[0].self_attn.o_proj
+    reduce_with(o_proj, lambda y: tp.all_reduce(y if mine else y * 0))
+
+
+@fault("deepspeedai/DeepSpeed#2834", "the residual is added on every rank before the all-reduce")
+def residual_before_reduce(decoder: Decoder, tp: TPGroup) -> None:
+    layer, residual = decoder.layers[0], []
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: residual.append(args))
+    down = lambda y: tp.all_reduce(y + residual[-1][0]) - residual.pop()[0]  # noqa: E731
+    reduce_with(layer.mlp.down_proj, down)
+
+
+@fault(
+    "sgl-project/sglang#35535", "a replicated term is added to the partials, so it counts tp times"
+)
+def replicated_term(decoder: Decoder, tp: TPGroup) -> None:
+    reduce_with(
+        decoder.layers[0].self_attn.o_proj, lambda y: tp.all_reduce(y + 0.01 * y.new_ones(()))
+    )
+
+
+@fault("pytorch/pytorch#162692", "the mean over ranks is taken for the sum")
+def average_for_sum(decoder: Decoder, tp: TPGroup) -> None:
+    reduce_with(decoder.layers[-1].mlp.down_proj, lambda y: tp.all_reduce(y, "avg"))
+
+
+@fault("pytorch/pytorch#165962", "max over partials is taken for their sum")
+def max_for_sum(decoder: Decoder, tp: TPGroup) -> None:
+    reduce_with(decoder.layers[-1].mlp.down_proj, lambda y: tp.all_reduce(y, "max"))

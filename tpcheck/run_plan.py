@@ -1,0 +1,151 @@
+"""What a run is asked to do, checked whole before a process is started.
+
+Requirement: validate every argument, name the value and the way out, and lose nothing: an option
+that cannot work is an error before the first rank exists, never after the last.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from tpcheck.errors import TPCheckError
+from tpcheck.groups.opening import backend_room
+from tpcheck.investigation import Settings
+from tpcheck.shard_plan import legal_tp_sizes
+from tpcheck.spec import Case
+from tpcheck.subjects import Subject, SubjectRef
+
+DEFAULT_TP_SIZES = (2, 4, 8)
+DEFAULT_BATCH = 2
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """Everything a run needs, checked before a process is started."""
+
+    ref: SubjectRef
+    subject: Subject
+    tp_sizes: tuple[int, ...]
+    dtypes: tuple[str, ...]
+    cases: tuple[Case, ...]
+    settings: Settings
+    backend: str
+    ranks_per_gpu: int | None
+    max_failures: int | None
+    options: tuple[str, ...]
+    asked: bool
+
+
+def make_run_plan(
+    ref: SubjectRef,
+    subject: Subject,
+    tp_sizes: Sequence[int] | None,
+    *,
+    backend: str,
+    ranks_per_gpu: int | None,
+    dtypes: Sequence[str],
+    cases: int,
+    max_failures: int | None,
+    case: str | None,
+    batch: int | None,
+    seq_len: int | None,
+    seed: int,
+    settings: Settings,
+    options: tuple[str, ...],
+) -> RunPlan:
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise TPCheckError(f"dtype={dtype!r}, but should be one of {', '.join(DTYPES)}")
+    for name, value in (("cases", cases), ("batch", batch), ("seq_len", seq_len)):
+        if value is not None and value < 1:
+            raise TPCheckError(f"{name}={value}, but should be at least 1")
+    if seed < 0:
+        raise TPCheckError(f"seed={seed}, but should be at least 0")
+    longest = subject.options.seq_len
+    if seq_len is not None and longest and seq_len > longest and subject.options.spec is None:
+        raise TPCheckError(
+            f"seq_len={seq_len}, but should be at most {longest}, the longest {subject.name} takes"
+        )
+    degrees = _degrees(subject, tp_sizes, backend, ranks_per_gpu)
+    first = Case(seed, batch or DEFAULT_BATCH, seq_len or longest)
+    chosen = (
+        (Case.parse(case),)
+        if case is not None
+        else tuple(replace(first, seed=seed + offset) for offset in range(cases))
+    )
+    return RunPlan(
+        ref=ref,
+        subject=subject,
+        tp_sizes=degrees,
+        dtypes=tuple(dict.fromkeys(dtypes)),
+        cases=chosen,
+        settings=replace(settings, tp_sizes=degrees),
+        backend=backend,
+        ranks_per_gpu=ranks_per_gpu,
+        max_failures=max_failures,
+        options=options,
+        asked=tp_sizes is not None,
+    )
+
+
+def _degrees(
+    subject: Subject, asked: Sequence[int] | None, backend: str, ranks_per_gpu: int | None
+) -> tuple[int, ...]:
+    """Return what was asked for, or the defaults that the plan and the backend allow."""
+    if asked is not None:
+        for size in asked:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise TPCheckError(f"tp={size!r}, but should be a whole number of at least 1")
+        if not asked:
+            raise TPCheckError("tp is empty, but should name at least one degree")
+        return tuple(dict.fromkeys(asked))
+    degrees = list(DEFAULT_TP_SIZES)
+    spec = subject.options.spec
+    if spec is not None and subject.options.specs is None:
+        legal = legal_tp_sizes(spec, up_to=max(degrees))
+        degrees = [size for size in degrees if size in legal]
+    room = backend_room(backend, ranks_per_gpu)
+    fitting = tuple(size for size in degrees if size <= room)
+    if not fitting:
+        raise TPCheckError(
+            f"none of the default degrees 2, 4, 8 can be run for {subject.name};"
+            " name degrees with --tp"
+        )
+    return fitting
+
+
+def repro_line(plan: RunPlan, case: Case, tp_size: int, dtype: str) -> str:
+    if plan.ref.kind == "pickled":
+        return (
+            f"tpcheck.run({plan.ref.label.split(':')[-1].split('.')[-1]}, ({tp_size},),"
+            f" dtypes=({dtype!r},), case={case.id!r})"
+        )
+    words = ["tpcheck", "run", plan.ref.label, "--tp", str(tp_size), "--dtype", dtype]
+    words += ["--seed", str(case.seed), "--case", case.id, *plan.options]
+    return shlex.join(words)
+
+
+def repro_options(
+    backend: str,
+    batch: int | None,
+    seq_len: int | None,
+    atol: float | None,
+    rtol: float | None,
+    preset: str | None,
+) -> tuple[str, ...]:
+    given = {"--backend": backend, "--atol": atol, "--rtol": rtol, "--preset": preset}
+    return tuple(
+        word
+        for option, value in given.items()
+        if value not in (None, "auto")
+        for word in (option, str(value))
+    )
+
+
+def positive(name: str, value: float) -> float:
+    if not value > 0:
+        raise TPCheckError(f"{name}={value}, but should be more than 0 seconds")
+    return value
