@@ -74,7 +74,10 @@ def drift(evidence: Evidence) -> Check:
     pairs = [(actual[key], reference[key]) for key in _common(actual, reference)]
     if any(got.shape != want.shape for got, want in pairs):
         return Check(SKIPPED, "TP=N and TP=1 return different shapes", facts)
+    overflow = _overflow(evidence)
     error, magnitude, count = pooled_rms(pairs)
+    if count == 0 and overflow:
+        return Check(FAIL, overflow, facts)
     if count == 0:
         return Check(SKIPPED, "no element is finite in both: nothing to compare", facts)
     step = eps(evidence.dtype)
@@ -90,7 +93,6 @@ def drift(evidence: Evidence) -> Check:
         "smallest_bug": limit * at_1 / magnitude if magnitude else None,
         "oracle": evidence.oracle_dtype if evidence.oracle is not None else "TP=1 itself",
     }
-    overflow = _overflow(evidence)
     if overflow:
         return Check(FAIL, overflow, facts)
     if ratio > limit:

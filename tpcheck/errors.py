@@ -42,11 +42,11 @@ class BackendError(TPCheckError):
     """This backend, machine or environment cannot do what was asked."""
 
 
-class GateRefused(TPCheckError):  # noqa: N818 - the contract's name
+class GateRefused(TPCheckError):
     """A deployment that the policy does not allow."""
 
 
-class CheckFailed(TPCheckError):  # noqa: N818 - read as "the check failed", raised by tp_check
+class CheckFailed(TPCheckError):
     """A subject whose verdict is not PASS; the message is the whole text report."""
 
 

@@ -221,7 +221,7 @@ def _load_callable(ref: SubjectRef) -> Callable[..., Any]:
     found: Any = module
     for part in ref.attr.split("."):
         if not hasattr(found, part):
-            raise SubjectError(f"{ref.label}: {ref.value} has no attribute {part!r}")
+            raise SubjectError(f"{ref.label}: {found!r} has no attribute {part!r}")
         found = getattr(found, part)
     if not callable(found):
         raise SubjectError(f"{ref.label}: {ref.attr} is {type(found).__name__}, not callable")

@@ -29,7 +29,7 @@ def dropped_bias(decoder: Decoder, tp: TPGroup) -> None:
 
 
 @fault(
-    "PaddlePaddle/FastDeploy#5247",
+    "",
     "the bias is divided by tp for a sum that then adds it once",
     needs=_BIASED,
 )
@@ -38,7 +38,11 @@ def divided_bias(decoder: Decoder, tp: TPGroup) -> None:
     set_weight(bias, bias.data / tp.size)
 
 
-@fault("awslabs/slapo#10", "every rank's column-parallel bias is rank 0's", needs=_BIASED)
+@fault(
+    "vllm-project/vllm-gguf-plugin#103",
+    "every rank's column-parallel bias is rank 0's",
+    needs=_BIASED,
+)
 def column_bias_of_rank_0(decoder: Decoder, tp: TPGroup) -> None:
     bias = full_weight(tp, decoder, "model.layers.0.mlp.up_proj.bias")
     set_weight(decoder.layers[0].mlp.up_proj.bias_f, bias.chunk(tp.size)[0])

@@ -47,7 +47,7 @@ def prompts_per_rank(decoder: Decoder, tp: TPGroup) -> None:
     decoder.embed_tokens.register_forward_pre_hook(lambda _, args: (args[0].roll(tp.rank, 0),))
 
 
-@fault("NVIDIA-NeMo/RL#1227", "a hook keeps the first batch row only")
+@fault("", "a hook keeps the first batch row only")
 def first_row_only(decoder: Decoder, tp: TPGroup) -> None:
     decoder.layers[0].self_attn.register_forward_hook(lambda _, __, y: y[:1].expand_as(y))
 
@@ -83,7 +83,7 @@ def short_operand(decoder: Decoder, tp: TPGroup) -> None:
 
 
 @fault(
-    "vllm-project/vllm-ascend#11885",
+    "",
     "decoding counts its position one too far; a whole forward is right",
     "decode",
     drift=False,
@@ -95,10 +95,10 @@ def decode_position(decoder: Decoder, tp: TPGroup) -> None:
     def step(ids: torch.Tensor, state: Any) -> Any:
         return real(ids, tuple((k.roll(1, 2), v) for k, v in state))
 
-    decoder.step = step  # type: ignore[method-assign]
+    decoder.step = step
 
 
-@fault("meta-pytorch/gpt-fast", "the sharded path rotates with another rope_theta")
+@fault("", "the sharded path rotates with another rope_theta")
 def rope_theta(decoder: Decoder, tp: TPGroup) -> None:
     from dataclasses import replace
 

@@ -89,11 +89,9 @@ def wrong_kv_head(decoder: Decoder, tp: TPGroup) -> None:
 
 @fault("deepspeedai/DeepSpeed#5428", "the value heads are permuted against the query heads")
 def permuted_value_heads(decoder: Decoder, tp: TPGroup) -> None:
-    o_proj = decoder.layers[0].self_attn.o_proj
-    d = decoder.spec.head_dim
-    o_proj.register_forward_pre_hook(
-        lambda _, args: (args[0].unflatten(-1, (-1, d)).flip(-1).flatten(-2),)
-    )
+    weight = full_weight(tp, decoder, "model.layers.0.self_attn.o_proj.weight")
+    heads = weight.unflatten(1, (-1, decoder.spec.head_dim)).roll(1, 1).flatten(1)
+    set_weight(decoder.layers[0].self_attn.o_proj.weight_Df, heads.chunk(tp.size, 1)[tp.rank])
 
 
 @fault("vllm-project/vllm#38191", "q_norm holds rank 0's weight", needs={"qk_norm": "across_heads"})

@@ -23,9 +23,10 @@ Plant = Callable[[Decoder, "TPGroup"], None]
 class Fault:
     """One bug.
 
-    thread: the public report it re-makes, empty where we know of none. caught_by: the check that has to fail. needs: spec fields it takes to show. min_tp: the smallest
-    degree at which it does anything. drift: whether drift alone sees it in bfloat16; where it
-    cannot, `reason` says why. dtypes: the deployed dtypes in which it shows, all when empty.
+    thread: the public report it re-makes, empty where we know of none. caught_by: the check that
+    has to fail. needs: spec fields it takes to show. min_tp: the smallest degree at which it does
+    anything. drift: whether drift alone sees it in bfloat16; where it cannot, `reason` says why.
+    dtypes: the deployed dtypes in which it shows, all when empty.
     """
 
     name: str

@@ -39,9 +39,7 @@ def residual_before_reduce(decoder: Decoder, tp: TPGroup) -> None:
     "sgl-project/sglang#35535", "a replicated term is added to the partials, so it counts tp times"
 )
 def replicated_term(decoder: Decoder, tp: TPGroup) -> None:
-    reduce_with(
-        decoder.layers[0].self_attn.o_proj, lambda y: tp.all_reduce(y + 0.01 * y.new_ones(()))
-    )
+    reduce_with(decoder.layers[0].self_attn.o_proj, lambda y: tp.all_reduce(y + 0.01))
 
 
 @fault("pytorch/pytorch#162692", "the mean over ranks is taken for the sum")

@@ -8,7 +8,8 @@ What one thread cannot do: a rank stuck in a C call is not pre-empted (one stuck
 SIGALRM, when the job runs in the main thread and nobody else has armed that timer); module globals,
 `threading.local` and the generators of `random` and numpy are shared by all ranks; and a collective
 inside a C++ op or a backward pass is refused, because suspending there would abort the process (see
-[No Parking]). `--backend gloo` has none of these limits.
+[No Parking]). Nor can torch.compile trace through a parked rank. `--backend gloo` has none of these
+limits.
 """
 
 from __future__ import annotations
