@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import typer
 
-from tpcheck.cli import Outputs, app
+from tpcheck.cli import app
 from tpcheck.cli_options import parse_tp_sizes
+from tpcheck.cli_output import Outputs
 from tpcheck.errors import TPCheckError
 
 RUN = {
@@ -42,7 +43,16 @@ RUN = {
     "--quiet": False,
     "--no-progress": False,
 }
-COMMANDS = {"run": RUN}
+SELFCHECK = {
+    "--tp": None,
+    "--backend": "sim",
+    "--dtype": ["bfloat16"],
+    "--seed": 0,
+    "--json": None,
+    "--quiet": False,
+    "--no-progress": False,
+}
+COMMANDS = {"run": RUN, "selfcheck": SELFCHECK}
 
 
 def options_of(command: Any) -> dict[str, Any]:

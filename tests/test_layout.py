@@ -41,10 +41,10 @@ ORDER = (
     "checks",
     "investigation",
     "verdict",
-    "strategies doctor",
+    "strategies doctor run_plan",
     "workflow",
     "fallback",
-    "cli_options",
+    "cli_options cli_output",
     "cli pytest_plugin",
     "__main__",
 )

@@ -8,24 +8,22 @@ torch: whatever needs it is imported inside the command.
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tpcheck import cli_options as options
+from tpcheck.cli_output import Outputs, print_error, print_result
 from tpcheck.environment import tpcheck_version
 from tpcheck.errors import TPCheckError
-from tpcheck.files import assert_writable, write_text
 from tpcheck.progress import progress_bar
-from tpcheck.records import USAGE_ERROR, Report
+from tpcheck.records import EXIT_CODES, USAGE_ERROR
 
 INTERRUPTED = 130
 
@@ -46,11 +44,11 @@ def main() -> None:
     try:
         app(prog_name="tpcheck")
     except TPCheckError as error:
-        _log(f"error: {error}")
+        print_error(f"error: {error}")
     except Exception:
         # 1 would say "the subject fails": nothing is known about it
         traceback.print_exc()
-        _log("error: this is a bug in tpcheck; nothing is known about the subject")
+        print_error("error: this is a bug in tpcheck; nothing is known about the subject")
     sys.exit(USAGE_ERROR)
 
 
@@ -60,7 +58,7 @@ def root(
 ) -> None:
     """Is a model split over N devices still the same function?"""
     if version:
-        _print(f"tpcheck {tpcheck_version()}")
+        print_result(f"tpcheck {tpcheck_version()}")
         raise typer.Exit
 
 
@@ -101,6 +99,7 @@ def run(
         raise TPCheckError("SUBJECT is missing; `tpcheck run --list` shows the builtin ones")
     tp_sizes = options.parse_tp_sizes(tp)
     outputs = Outputs(json_path, html, junit, markdown)
+    _serve_if_torchrun_wants(backend, ranks_per_gpu)
     outputs.assert_writable()
     with _interruptible(), progress_bar(enabled=not (quiet or no_progress)) as progress:
         from tpcheck import workflow
@@ -129,63 +128,47 @@ def run(
     raise typer.Exit(report.exit_code)
 
 
-@dataclass(frozen=True, slots=True)
-class Outputs:
-    """Where a report goes besides the terminal."""
+@app.command()
+def selfcheck(
+    tp: options.Tp = None,
+    backend: options.BackendOption = options.Backend.sim,
+    dtype: options.DTypes = [options.DType.bfloat16],  # noqa: B006 - typer copies it
+    seed: options.Seed = 0,
+    json_path: options.JsonPath = None,
+    quiet: options.Quiet = False,
+    no_progress: options.NoProgress = False,
+) -> None:
+    """Plant every known fault; which check catches it? Fails when one survives."""
+    tp_sizes = options.parse_tp_sizes(tp)
+    outputs = Outputs(json_path)
+    _serve_if_torchrun_wants(backend, None)
+    outputs.assert_writable()
+    with _interruptible(), progress_bar(enabled=not (quiet or no_progress)) as progress:
+        from tpcheck import workflow
 
-    json: Path | None = None
-    html: Path | None = None
-    junit: Path | None = None
-    markdown: Path | None = None
+        results = workflow.selfcheck(
+            tp_sizes or workflow.DEFAULT_TP_SIZES,
+            tuple(dict.fromkeys(one.value for one in dtype)),
+            backend=backend.value,
+            seed=seed,
+            progress=progress,
+        )
+    from tpcheck.render.selfcheck import render_selfcheck
 
-    def assert_writable(self) -> None:
-        """Refuse before the run what could not be written after it."""
-        given = {name: getattr(self, name) for name in ("json", "html", "junit", "markdown")}
-        taken: dict[str, str] = {}
-        for name, path in given.items():
-            if path is None or (name == "json" and _is_stdout(path)):
-                continue
-            other = taken.setdefault(os.path.realpath(path), name)
-            if other != name:
-                raise TPCheckError(f"--{name}={path}, but should differ from --{other}")
-            assert_writable(path)
-
-    def write(self, report: Report) -> None:
-        """Write every file that was asked for."""
-        if self.json is not None and not _is_stdout(self.json):
-            write_text(_as_json(report), self.json)
-        if self.html is not None:
-            from tpcheck.render.html import render_html
-
-            write_text(render_html(report), self.html)
-        if self.junit is not None:
-            from tpcheck.render.junit import render_junit
-
-            write_text(render_junit(report), self.junit)
-        if self.markdown is not None:
-            from tpcheck.render.markdown import render_markdown
-
-            write_text(render_markdown(report), self.markdown)
-
-    def show(self, report: Report, *, quiet: bool) -> None:
-        """Print the text report, its first line if quiet, or with `--json -` the JSON alone."""
-        if self.json is not None and _is_stdout(self.json):
-            _print(_as_json(report))
-            return
-        from tpcheck.render.text import render_text
-
-        text = render_text(report)
-        _print(text.partition("\n")[0] if quiet else text)
+    faults = [dataclasses.asdict(one) | {"survived": one.survived} for one in results]
+    outputs.publish({"faults": faults}, render_selfcheck(faults), quiet=quiet)
+    raise typer.Exit(EXIT_CODES["WRONG"] if any(one.survived for one in results) else 0)
 
 
-def _as_json(report: Report) -> str:
-    from tpcheck.report import to_json
+def _serve_if_torchrun_wants(backend: options.Backend, ranks_per_gpu: int | None) -> None:
+    """Under torchrun rank 0 speaks and the others serve it: they leave here."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return
+    from tpcheck.groups.opening import serves_torchrun
 
-    return json.dumps(to_json(report), indent=1, ensure_ascii=False, allow_nan=False)
-
-
-def _is_stdout(path: Path) -> bool:
-    return str(path) == "-"
+    with _interruptible():
+        if serves_torchrun(backend.value, ranks_per_gpu):
+            raise typer.Exit
 
 
 def _list_builtins() -> None:
@@ -194,7 +177,7 @@ def _list_builtins() -> None:
     from tpcheck.subjects import list_builtins
 
     rows = [(f"builtin:{name}", description) for name, description in list_builtins()]
-    _print(tabulate(rows, headers=("subject", "what it is"), disable_numparse=True))
+    print_result(tabulate(rows, headers=("subject", "what it is"), disable_numparse=True))
 
 
 @contextmanager
@@ -207,15 +190,3 @@ def _interruptible() -> Iterator[None]:
         if pool is not None:
             pool.close_pools()
         raise typer.Exit(INTERRUPTED) from None
-
-
-def _print(text: str) -> None:
-    try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough: the exit code still says the outcome
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _log(text: str) -> None:
-    sys.stderr.write(f"{text}\n")

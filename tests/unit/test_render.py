@@ -12,6 +12,7 @@ from tpcheck.render.content import MAX_ROWS, at_least, findings, headline, rows
 from tpcheck.render.html import render_html
 from tpcheck.render.junit import render_junit
 from tpcheck.render.markdown import render_markdown
+from tpcheck.render.selfcheck import render_selfcheck
 from tpcheck.render.text import WIDTH, render_text
 
 RENDERERS = (render_text, render_html, render_junit, render_markdown)
@@ -188,3 +189,21 @@ def test_findings_hold_what_to_paste_and_one_thing_to_do() -> None:
         for finding in findings(report(verdict(outcome))):
             assert finding.repro.startswith("tpcheck run ")
             assert finding.next
+
+
+def test_selfcheck_leads_with_what_survived() -> None:
+    fault = {
+        "fault": "double_bias",
+        "thread": "owner/repo#1",
+        "expected": "structural",
+        "caught_by": ("structural", "drift"),
+        "cases_needed": 1,
+        "reason": None,
+        "survived": False,
+    }
+    assert render_selfcheck([fault]).startswith("PASS: 1 of 1 planted faults are caught\n")
+    blind = fault | {"fault": "x", "caught_by": (), "survived": True, "reason": "not seen"}
+    text = render_selfcheck([fault, blind])
+    assert text.startswith("FAIL: 1 of 2 planted faults are caught; survived: x\n")
+    assert text.index("SURVIVED") < text.index("double_bias")
+    assert text.endswith("x: not seen")

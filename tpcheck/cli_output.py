@@ -1,0 +1,91 @@
+"""Where results go: stdout, and the files that were asked for.
+
+Requirement: a file that cannot be written is found out before the run; stdout holds the result and
+nothing else, so that it can be piped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tpcheck.errors import TPCheckError
+from tpcheck.files import assert_writable, write_text
+from tpcheck.records import Report
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Where a report goes besides the terminal."""
+
+    json: Path | None = None
+    html: Path | None = None
+    junit: Path | None = None
+    markdown: Path | None = None
+
+    def assert_writable(self) -> None:
+        """Refuse before the run what could not be written after it."""
+        given = {name: getattr(self, name) for name in ("json", "html", "junit", "markdown")}
+        taken: dict[str, str] = {}
+        for name, path in given.items():
+            if path is None or (name == "json" and is_stdout(path)):
+                continue
+            other = taken.setdefault(os.path.realpath(path), name)
+            if other != name:
+                raise TPCheckError(f"--{name}={path}, but should differ from --{other}")
+            assert_writable(path)
+
+    def write(self, report: Report) -> None:
+        """Write every file of a report but the JSON."""
+        if self.html is not None:
+            from tpcheck.render.html import render_html
+
+            write_text(render_html(report), self.html)
+        if self.junit is not None:
+            from tpcheck.render.junit import render_junit
+
+            write_text(render_junit(report), self.junit)
+        if self.markdown is not None:
+            from tpcheck.render.markdown import render_markdown
+
+            write_text(render_markdown(report), self.markdown)
+
+    def show(self, report: Report, *, quiet: bool) -> None:
+        """Publish a report as text and JSON."""
+        from tpcheck.render.text import render_text
+        from tpcheck.report import to_json
+
+        self.publish(to_json(report), render_text(report), quiet=quiet)
+
+    def publish(self, value: dict[str, Any], text: str, *, quiet: bool) -> None:
+        """Write the JSON and print the text, its first line if quiet; with `--json -` the JSON."""
+        if self.json is not None:
+            written = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+            if is_stdout(self.json):
+                print_result(written)
+                return
+            write_text(written, self.json)
+        print_result(text.partition("\n")[0] if quiet else text)
+
+
+def is_stdout(path: Path) -> bool:
+    """Say whether a path option means stdout."""
+    return str(path) == "-"
+
+
+def print_result(text: str) -> None:
+    """Print to stdout; a reader that has gone changes nothing."""
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read enough: the exit code still says the outcome
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_error(text: str) -> None:
+    """Print to stderr."""
+    sys.stderr.write(f"{text}\n")
