@@ -144,10 +144,10 @@ def selfcheck(
     _serve_if_torchrun_wants(backend, None)
     outputs.assert_writable()
     with _interruptible(), progress_bar(enabled=not (quiet or no_progress)) as progress:
-        from tpcheck import workflow
+        from tpcheck import run_plan, workflow
 
         results = workflow.selfcheck(
-            tp_sizes or workflow.DEFAULT_TP_SIZES,
+            tp_sizes or run_plan.DEFAULT_TP_SIZES,
             tuple(dict.fromkeys(one.value for one in dtype)),
             backend=backend.value,
             seed=seed,

@@ -123,7 +123,7 @@ class _Runner:
         if task.noise_dtype:
             self._group.interceptor = reduction_noise(task.noise_dtype, task.noise_kind, task.seed)
         for input_id in task.order:
-            name = AGAIN if input_id in self._digests else input_id
+            name = AGAIN if input_id in self._collectives else input_id
             self._run(name, lambda i=input_id: self._call(self._forward, i), input_id)  # type: ignore[misc]
         if task.decode and hasattr(self._forward, "prefill") and hasattr(self._forward, "step"):
             self._run("decode", self._decode, "A")

@@ -196,6 +196,7 @@ def test_selfcheck_leads_with_what_survived() -> None:
         "fault": "double_bias",
         "thread": "owner/repo#1",
         "expected": "structural",
+        "drift_expected": True,
         "caught_by": ("structural", "drift"),
         "cases_needed": 1,
         "reason": None,
@@ -206,4 +207,5 @@ def test_selfcheck_leads_with_what_survived() -> None:
     text = render_selfcheck([fault, blind])
     assert text.startswith("FAIL: 1 of 2 planted faults are caught; survived: x\n")
     assert text.index("SURVIVED") < text.index("double_bias")
+    assert "structural, drift" in text
     assert text.endswith("x: not seen")

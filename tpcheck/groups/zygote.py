@@ -89,7 +89,10 @@ class _Zygote:
                 os.waitpid(pid, 0)
 
     def _listen(self) -> bool:
-        data, fds, _, _ = socket.recv_fds(self._control, 1 << 16, 8)
+        try:
+            data, fds, _, _ = socket.recv_fds(self._control, 1 << 16, 8)
+        except ConnectionResetError:  # the parent died with words of ours unread
+            return False
         if not data:
             return False
         *lines, self._pending = (self._pending + data).split(b"\n")
