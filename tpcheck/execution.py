@@ -180,8 +180,8 @@ class _Runner:
     def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self._group.device)
         if tensor.dtype.is_floating_point:
-            return tensor.to(self._group.weight_dtype).to(self._group.dtype)
-        return tensor.clone()
+            tensor = tensor.to(self._group.weight_dtype).to(self._group.dtype)
+        return tensor.clone()  # simulated ranks share the task; a subject may write to its inputs
 
     def _checked(self, name: str, output: Any) -> torch.Tensor | None:
         output = whole(output)
