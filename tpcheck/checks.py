@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tpcheck.comparison import compare, describe_region, pooled_rms, worst_comparison
+from tpcheck.comparison import compare, describe_region, pooled_rms, scientific, worst_comparison
 from tpcheck.conduct import rank_agreement, repeatability, schedule, tiling
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence
@@ -74,6 +74,8 @@ def drift(evidence: Evidence) -> Check:
     pairs = [(actual[key], reference[key]) for key in _common(actual, reference)]
     if any(got.shape != want.shape for got, want in pairs):
         return Check(SKIPPED, "TP=N and TP=1 return different shapes", facts)
+    if pairs and not any(_rounds(got) for got, _ in pairs):
+        return Check(SKIPPED, f"the output is {pairs[0][0].dtype}: it does not round", facts)
     overflow = _overflow(evidence)
     error, magnitude, count = pooled_rms(pairs)
     if count == 0 and overflow:
@@ -140,7 +142,8 @@ def allclose(evidence: Evidence) -> Check:
     reason = (
         f"{where}: {mismatched} of {count} elements outside atol={tolerance.atol:.3g},"
         f" rtol={tolerance.rtol:.3g} ({tolerance.source}); smallest atol that passes:"
-        f" {worst.required_atol:.3g}; worst at {list(worst.index)}: {worst.worst_actual:.6g}"
+        f" {scientific(worst.required_atol, up=True)};"
+        f" worst at {list(worst.index)}: {worst.worst_actual:.6g}"
         f" for {worst.worst_expected:.6g}, {worst.worst_ulp:.3g} ulp"
     )
     return Check(FAIL, reason, facts)
@@ -162,12 +165,12 @@ def decode(evidence: Evidence) -> Check:
         try:
             worst = compare(got, want_here)
         except SubjectError as error:
-            return Check(FAIL, f"decode at TP={degree}: {error}")
+            return Check(FAIL, f"TP={degree}: {error}")
         if worst.mask_mismatches or worst.relative_rms > limit:
             masks = f" {worst.mask_mismatches} of them NaN or inf;" if worst.mask_mismatches else ""
             return Check(
                 FAIL,
-                f"decode at TP={degree}: logits differ from a whole forward,{masks}"
+                f"TP={degree}: logits differ from a whole forward,{masks}"
                 f" relative_rms={worst.relative_rms:.3g}, but should be at most {limit:.3g};"
                 f" worst at {list(worst.index)}",
                 {"relative_rms": worst.relative_rms, "limit": limit},
@@ -212,6 +215,10 @@ def _common(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> lis
 
 def _reference(evidence: Evidence) -> Mapping[str, torch.Tensor]:
     return (evidence.oracle or evidence.base).outputs
+
+
+def _rounds(x: torch.Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 def _base_error(evidence: Evidence, magnitude: float) -> float:

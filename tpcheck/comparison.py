@@ -41,7 +41,7 @@ def compare(
         raise SubjectError(
             f"shape={list(actual.shape)}, but should be {list(expected.shape)} as at TP=1"
         )
-    got, want = actual.detach().to(torch.float64), expected.detach().to(torch.float64)
+    got, want = _as_float64(actual), _as_float64(expected)
     same_mask = _classes(got) == _classes(want)
     finite = got.isfinite() & want.isfinite()
     error = torch.where(finite, (got - want).abs(), 0.0)
@@ -79,7 +79,7 @@ def pooled_rms(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[floa
     squares = wanted = 0.0
     count = 0
     for actual, expected in pairs:
-        got, want = actual.to(torch.float64), expected.to(torch.float64)
+        got, want = _as_float64(actual), _as_float64(expected)
         finite = got.isfinite() & want.isfinite()
         squares += float(torch.where(finite, got - want, 0.0).square().sum())
         wanted += float(torch.where(finite, want, 0.0).square().sum())
@@ -105,6 +105,27 @@ def describe_region(bad: torch.Tensor) -> str:
     for low, high in zip(at.amin(0).tolist(), at.amax(0).tolist(), strict=True):
         parts.append(str(low) if low == high else f"{low}:{high + 1}")
     return f"[{', '.join(parts)}]"
+
+
+def scientific(value: float, *, up: bool = False) -> str:
+    """Return a positive number as people write tolerances: `3.1e-2`; `up` never rounds below it.
+
+    Example:
+        >>> scientific(0.01), scientific(0.03141), scientific(0.03141, up=True)
+        ('1e-2', '3.1e-2', '3.2e-2')
+    """
+    if value <= 0 or not math.isfinite(value):
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value))
+    mantissa = value / 10.0**exponent
+    rounded = math.ceil(mantissa * 10 - 1e-9) / 10 if up else round(mantissa, 1)
+    return f"{rounded:g}e{exponent}" if rounded < 10 else f"1e{exponent + 1}"
+
+
+def _as_float64(x: torch.Tensor) -> torch.Tensor:
+    """Complex numbers become pairs in a new last dim: casting them would drop a half."""
+    x = x.detach()
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).to(torch.float64)
 
 
 def _classes(x: torch.Tensor) -> torch.Tensor:

@@ -116,6 +116,7 @@ class _Runner:
         self._choices: dict[str, list[Choice]] = {}
         self._casts: dict[tuple[str, str, str], Any] = {}
         self._unpinned = 0
+        self._quiet = True
         self._extras: dict[str, Any] = {}
 
     def everything(self, consumption: Consumption) -> Trace:
@@ -157,7 +158,7 @@ class _Runner:
     @contextlib.contextmanager
     def _watching(self, name: str, input_id: str) -> Iterator[None]:
         task = self._task
-        if not (task.watch or task.pinned or task.perturb_seed is not None):
+        if not self._needs_watching(name):
             yield
             return
         generator = None
@@ -170,8 +171,21 @@ class _Runner:
         if watch.choices:
             self._choices[name] = watch.choices
         self._unpinned += watch.unpinned
+        self._quiet = self._quiet and not watch.saw_something
         for cast_ in watch.casts:
             self._casts.setdefault((cast_.fqn, cast_.source, cast_.target), cast_)
+
+    def _needs_watching(self, name: str) -> bool:
+        """Watching costs Python for every op: stop once the first forward showed nothing.
+
+        The longest input is watched as well, because code may branch on the length; decoding
+        repeats what a forward does.
+        """
+        task = self._task
+        if task.pinned or task.perturb_seed is not None:
+            return True
+        first = name in (task.order[0], "A")
+        return task.watch and name != "decode" and (first or not self._quiet)
 
     def _call(self, function: Callable[..., Any], input_id: str) -> Any:
         arguments = [self._prepared(tensor) for tensor in self._task.inputs[input_id]]

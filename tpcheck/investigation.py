@@ -187,12 +187,9 @@ class Investigation:
         return replace(self._task, dtype=dtype, order=order, watch=True, decode=True)
 
     def _deployed_task(self, order: tuple[str, ...], *, shards: bool = False) -> Task:
-        watch = bool(self._pinned) or self._uses_torch_distributed
+        # Simulated ranks have no torch.distributed to watch.
+        watch = bool(self._pinned) or self._ranks.label != "sim"
         return replace(self._task, order=order, shards=shards, watch=watch, pinned=self._pinned)
-
-    @property
-    def _uses_torch_distributed(self) -> bool:
-        return self._oracle is None or bool(self._oracle.facts.get("process_group"))
 
     # Explanations: each is a run that is made only when a check asks for it.
 
@@ -394,7 +391,7 @@ def _flips(
     flips, margin = 0, 0.0
     for key, choices in own.items():
         for mine, other in zip(choices, reference.get(key, ()), strict=False):
-            if mine.indices.shape != other.indices.shape:
+            if not mine.comparable(other):
                 continue
             different = mine.indices.sort(-1)[0] != other.indices.sort(-1)[0]
             count = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tpcheck.comparison import scientific
 from tpcheck.errors import IllegalDegreeError
 from tpcheck.records import FAIL, PASS, SKIPPED, Check, FirstDivergence, Verdict, worst
 from tpcheck.spec import Case
@@ -122,16 +123,13 @@ def _drift_headline(checks: Mapping[str, Check], failed: list[str]) -> str:
     if "allclose" not in failed:
         return f"{lead}; rounded more than this reduction explains"
     facts = checks["allclose"].facts
-    floor, required = facts["tp1_error"], facts["required_atol"]
-    numbers = f"atol={facts['atol']:g}, rtol={facts['rtol']:g}"
-    if facts["atol"] == facts["rtol"]:
-        numbers = f"{facts['atol']:.0e}".replace("e-0", "e-").replace("e+0", "e+")
-    if facts["atol"] <= floor:
-        return (
-            f"{lead}; your tolerance {numbers} is below this dtype's floor"
-            f" (TP=1 itself is {floor:.2g} from float64); smallest that passes: {required:.3g}"
-        )
+    floor = facts.get("tp1_error", 0.0)
+    atol, rtol = scientific(facts["atol"]), scientific(facts["rtol"])
+    numbers = atol if atol == rtol else f"atol={atol}, rtol={rtol}"
+    below = "is below this dtype's floor" if facts["atol"] <= floor else "is exceeded"
+    required = facts.get("required_atol")
+    smallest = "none" if required is None else f"atol={scientific(required, up=True)}"
     return (
-        f"{lead}; your tolerance {numbers} is exceeded"
-        f" (TP=1 itself is {floor:.2g} from float64); smallest that passes: {required:.3g}"
+        f"{lead}; your tolerance {numbers} {below}"
+        f" (TP=1 itself is {scientific(floor)} from float64); smallest that passes: {smallest}"
     )

@@ -261,8 +261,15 @@ def _report(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: _Seen) -> Report
         environment=facts,
         path=path,
         tpcheck=environment.tpcheck_version(),
-        notes=() if plan.asked else (f"degrees: {', '.join(map(str, plan.tp_sizes))} (default)",),
+        notes=_notes(plan, seen),
     )
+
+
+def _notes(plan: RunPlan, seen: _Seen) -> tuple[str, ...]:
+    sizes = ", ".join(map(str, plan.tp_sizes))
+    degrees = () if plan.asked else (f"degrees {sizes} are those of the default that can be run",)
+    said = seen.facts.get("note")
+    return (*degrees, str(said)) if said else degrees
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,12 @@ def dropped_column(decoder: Decoder, tp: TPGroup) -> None:
         decoder.layers[0].mlp.down_proj.weight_Df.data[:, -1] = 0
 
 
-@fault("pegainfer-project/pegainfer#760", "the vocabulary's padding is not cut off the logits")
+@fault(
+    "pegainfer-project/pegainfer#760",
+    "the vocabulary's padding is not cut off the logits",
+    drift=False,
+    reason="logits of another shape cannot be subtracted",
+)
 def padded_logits(decoder: Decoder, tp: TPGroup) -> None:
     decoder.lm_head.vocab_size = None
 
@@ -63,6 +68,8 @@ def tied_head_of_rank_0(decoder: Decoder, tp: TPGroup) -> None:
     "EleutherAI/gpt-neox#1424",
     "the norm across heads takes its statistic over the rank's own heads",
     needs={"qk_norm": "across_heads"},
+    drift=False,
+    reason="at TP=2 the two halves' statistics are close: twice TP=1's error",
 )
 def local_norm(decoder: Decoder, tp: TPGroup) -> None:
     norm = decoder.layers[0].self_attn.q_norm

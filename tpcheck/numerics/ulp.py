@@ -20,11 +20,14 @@ def eps(dtype: torch.dtype | str) -> float:
 
 
 def ulp(value: float, dtype: torch.dtype | str) -> float:
-    """Return the spacing of `dtype`'s numbers at |value|, subnormals included.
+    """Return the spacing of `dtype`'s numbers at |value|, subnormals included; 1 for integers.
 
     Source: IEEE 754-2019, section 3.3; the definition of Goldberg 1991 for a normal number.
     """
-    info = torch.finfo(_torch_dtype(dtype))
+    named = _torch_dtype(dtype)
+    if not (named.is_floating_point or named.is_complex):
+        return 1.0
+    info = torch.finfo(named)
     magnitude = max(abs(value), float(info.tiny))
     if not math.isfinite(magnitude):
         return math.inf

@@ -30,17 +30,22 @@ class Choice:
     """One top-k (or argmax) of a forward: the chosen indices and how narrow the choice was.
 
     `margin` is the smallest gap between the last chosen and the first rejected value, over all
-    rows, in units of the row's largest magnitude.
+    rows, in units of the row's largest magnitude. `among`: how many candidates there were.
     """
 
-    __slots__ = ("indices", "margin")
+    __slots__ = ("among", "indices", "margin")
 
-    def __init__(self, indices: torch.Tensor, margin: float) -> None:
+    def __init__(self, indices: torch.Tensor, margin: float, among: int) -> None:
         self.indices = indices
         self.margin = margin
+        self.among = among
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Choice, (self.indices, self.margin))
+        return (Choice, (self.indices, self.margin, self.among))
+
+    def comparable(self, other: Choice) -> bool:
+        """Whether both chose as many among as many: a maximum over a sharded dim is another one."""
+        return self.indices.shape == other.indices.shape and self.among == other.among
 
 
 class Watch(TorchDispatchMode):
@@ -67,6 +72,7 @@ class Watch(TorchDispatchMode):
         self._pinned = pinned
         self._casts: dict[tuple[str, str, str], int] = {}
         self._open = False
+        self._logged = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -76,6 +82,11 @@ class Watch(TorchDispatchMode):
     def casts(self) -> tuple[NarrowCast, ...]:
         """Narrowing casts so far, one entry per (module, source, target)."""
         return tuple(NarrowCast(*key, count) for key, count in self._casts.items())
+
+    @property
+    def saw_something(self) -> bool:
+        """Whether this forward cast, chose, or called torch.distributed."""
+        return bool(self._casts or self.choices or self._logged)
 
     def __torch_dispatch__(
         self,
@@ -122,10 +133,12 @@ class Watch(TorchDispatchMode):
         if dim is None:
             return result
         position = len(self.choices)
-        self.choices.append(Choice(indices.clone(), _margin(values, indices, dim, keepdim)))
+        margin = _margin(values, indices, dim, keepdim)
+        choice = Choice(indices.clone(), margin, values.shape[dim])
+        self.choices.append(choice)
         if self._pinned is None:
             return result
-        if position >= len(self._pinned) or self._pinned[position].indices.shape != indices.shape:
+        if position >= len(self._pinned) or not self._pinned[position].comparable(choice):
             self.unpinned += 1
             return result
         pinned = self._pinned[position].indices.to(indices.device)
@@ -145,7 +158,7 @@ class Watch(TorchDispatchMode):
         dtype = "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
         self._recorder.enter(op, shape, dtype, "torch.distributed")
         self._recorder.inside = False
-        self._open = True
+        self._open = self._logged = True
 
     def _close(self) -> None:
         """A torch.distributed call is over for certain once the next op runs."""
