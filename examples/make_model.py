@@ -2,7 +2,7 @@
 
     python examples/make_model.py model
 
-Needs `pip install 'tpcheck[hf]'`. Biases and norm weights are randomized too: a zero bias and a norm
+Needs `pip install 'tpcheck[hf]'`. Norm weights are randomized too: a zero bias and a norm
 weight of ones hide the bugs that tpcheck looks for.
 """
 
