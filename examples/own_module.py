@@ -51,7 +51,7 @@ class Model(nn.Module):
 
 
 # ---- all that tpcheck needs: ----
-import tpcheck  # noqa: E402
+import tpcheck
 
 SHAPES = {"embed_tokens.weight": (96, 32), "norm.weight": (32,), "mlp.gate_proj.weight": (64, 32)}
 SHAPES |= {"mlp.up_proj.weight": (64, 32), "mlp.down_proj.weight": (32, 64)}
@@ -59,7 +59,7 @@ SHAPES |= {"lm_head.weight": (96, 32)}
 
 
 @tpcheck.subject(vocab_size=96, seq_len=16, weights=SHAPES)
-def build(tp: tpcheck.TPGroup) -> nn.Module:
+def build(tp: tpcheck.TPGroup):
     if 64 % tp.size:
         raise tpcheck.IllegalDegreeError(f"intermediate_size=64, tp_size={tp.size}")
     model = Model(96, 32, 64, tp.process_group).to(tp.device, tp.dtype)

@@ -135,6 +135,14 @@ def test_the_readme_opens_with_a_caught_failure() -> None:
     assert "WRONG" in first.body
 
 
+def test_the_second_example_is_what_stands_below_an_unmodified_module() -> None:
+    example = (ROOT / "examples" / "own_module.py").read_text(encoding="utf-8")
+    module, added = example.split("# ---- all that tpcheck needs: ----\n")
+    assert "tpcheck" not in module.split('"""', 2)[2]
+    assert any(block.body == added for block in BLOCKS)
+    assert len([line for line in added.splitlines() if line.strip()]) <= 12
+
+
 def test_examples_compile() -> None:
     for path in sorted((ROOT / "examples").glob("*.py")):
         compile(path.read_text(encoding="utf-8"), str(path), "exec")

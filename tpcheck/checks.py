@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from tpcheck.comparison import compare, describe_region, pooled_rms, scientific, worst_comparison
+from tpcheck.comparison import (
+    compare,
+    describe_region,
+    mask_difference,
+    pooled_rms,
+    scientific,
+    worst_comparison,
+)
 from tpcheck.conduct import rank_agreement, repeatability, schedule, tiling
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence
@@ -134,16 +141,18 @@ def allclose(evidence: Evidence) -> Check:
     except SubjectError as error:
         return Check(FAIL, str(error), facts)
     where, worst = max(compared.items(), key=lambda item: item[1].required_atol)
-    facts["required_atol"] = worst.required_atol
     masks = sum(c.mask_mismatches for c in compared.values())
+    facts["required_atol"] = None if masks else worst.required_atol
     if worst.required_atol <= tolerance.atol and not masks:
         return Check(PASS, "", facts)
+    smallest = scientific(worst.required_atol, up=True)
+    if masks:
+        smallest = f"none, because {masks} are finite on one side only"
     mismatched = sum(c.mismatches for c in compared.values())
     reason = (
         f"{where}: {mismatched} of {count} elements outside atol={tolerance.atol:.3g},"
         f" rtol={tolerance.rtol:.3g} ({tolerance.source}); smallest atol that passes:"
-        f" {scientific(worst.required_atol, up=True)};"
-        f" worst at {list(worst.index)}: {worst.worst_actual:.6g}"
+        f" {smallest}; worst at {list(worst.index)}: {worst.worst_actual:.6g}"
         f" for {worst.worst_expected:.6g}, {worst.worst_ulp:.3g} ulp"
     )
     return Check(FAIL, reason, facts)
@@ -231,9 +240,11 @@ def _base_error(evidence: Evidence, magnitude: float) -> float:
 
 def _mask_reason(actual: Trace, expected: Trace, key: str) -> str:
     got, want = actual.outputs[key], expected.outputs[key]
-    bad = got.isfinite() != want.isfinite()
+    bad = mask_difference(got, want)
+    one_sided = bool((got.isfinite() != want.isfinite()).any())
+    what = "finite on one side only" if one_sided else "not finite, but not the same"
     return (
-        f"{int(bad.sum())} elements are finite on one side only, at {describe_region(bad)}:"
+        f"{int(bad.sum())} elements are {what}, at {describe_region(bad)}:"
         f" TP=N has {int(got.isnan().sum())} NaN and {int(got.isinf().sum())} inf,"
         f" TP=1 {int(want.isnan().sum())} and {int(want.isinf().sum())}"
     )

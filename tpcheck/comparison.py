@@ -42,7 +42,7 @@ def compare(
             f"shape={list(actual.shape)}, but should be {list(expected.shape)} as at TP=1"
         )
     got, want = _as_float64(actual), _as_float64(expected)
-    same_mask = _classes(got) == _classes(want)
+    other_mask = mask_difference(got, want)
     finite = got.isfinite() & want.isfinite()
     error = torch.where(finite, (got - want).abs(), 0.0)
     held = torch.where(finite, want, 0.0)
@@ -53,8 +53,8 @@ def compare(
     worst = float(error[index]) if error.numel() else 0.0
     return Comparison(
         count=count,
-        mismatches=int((excess > atol).sum()) + int((~same_mask).sum()),
-        mask_mismatches=int((~same_mask).sum()),
+        mismatches=int((excess > atol).sum()) + int(other_mask.sum()),
+        mask_mismatches=int(other_mask.sum()),
         rms_error=rms_error,
         rms_expected=rms_expected,
         relative_rms=relative(rms_error, rms_expected),
@@ -87,6 +87,27 @@ def pooled_rms(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[floa
     return math.sqrt(squares / max(count, 1)), math.sqrt(wanted / max(count, 1)), count
 
 
+def sliced_relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Return the relative rms with every channel, then every token, in units of its own rms.
+
+    One massive channel, or a first token that attracts all attention, otherwise hides what happens
+    in the rest. Slices of fewer than 8 elements have no scale of their own and count as 0.
+    """
+    got, want = _as_float64(actual), _as_float64(expected)
+    if got.shape != want.shape or want.ndim < 2:
+        return 0.0, 0.0
+    finite = got.isfinite() & want.isfinite()
+    error = torch.where(finite, got - want, 0.0).flatten(0, -2).square()
+    held = torch.where(finite, want, 0.0).flatten(0, -2).square()
+    found = []
+    for dim in (0, 1):
+        scale = held.mean(dim)
+        ratios = (error.mean(dim) / scale)[scale > 0]
+        enough = held.shape[dim] >= 8 and ratios.numel() > 0
+        found.append(math.sqrt(float(ratios.mean())) if enough else 0.0)
+    return found[0], found[1]
+
+
 def worst_comparison(comparisons: Mapping[str, Comparison]) -> tuple[str, Comparison]:
     """Return the input whose comparison is furthest off: masks first, then relative rms."""
     return max(
@@ -105,6 +126,11 @@ def describe_region(bad: torch.Tensor) -> str:
     for low, high in zip(at.amin(0).tolist(), at.amax(0).tolist(), strict=True):
         parts.append(str(low) if low == high else f"{low}:{high + 1}")
     return f"[{', '.join(parts)}]"
+
+
+def mask_difference(actual: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return where one side is NaN, +inf or -inf and the other is not that same thing."""
+    return _classes(actual) != _classes(expected)
 
 
 def scientific(value: float, *, up: bool = False) -> str:

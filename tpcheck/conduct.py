@@ -81,6 +81,7 @@ def tiling(evidence: Evidence) -> Check:
         return Check(FAIL, "; ".join(problems)) if problems else skipped
     whole = evidence.base.extras.get("shards") or {}
     names = list(dict.fromkeys(name for held in shards for name in held or {}))
+    problems += [f"{name}: exposed at TP=1, but by no rank" for name in whole if name not in names]
     for name in names:
         missing = [rank for rank, held in enumerate(shards) if name not in (held or {})]
         if missing:
@@ -88,7 +89,7 @@ def tiling(evidence: Evidence) -> Check:
             continue
         entries = [held[name] for held in shards if held is not None]
         locals_, placements = [e[0] for e in entries], [e[1] for e in entries]
-        expected = whole.get(name, (None, None))[0]
+        expected = _logical(*whole[name]) if name in whole else None
         problems += [
             f"{name}: {problem}"
             for problem in tiling_problems(
@@ -165,6 +166,18 @@ def _ranks(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
 
 
+def _logical(local: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """Return the whole tensor that TP=1 holds: the local one without its padding."""
+    if not isinstance(placement, Slices):
+        return local
+    whole = local.new_zeros(_logical_shape([local], [placement]))
+    for here, there in placement.pieces:
+        if whole[there].shape != local[here].shape:
+            return local  # the placement itself is wrong, which the tiling says
+        whole[there] = local[here]
+    return whole
+
+
 def _logical_shape(
     locals_: Sequence[torch.Tensor], placements: Sequence[Placement]
 ) -> tuple[int, ...]:
@@ -174,9 +187,8 @@ def _logical_shape(
     if isinstance(kind, Shard):
         shape[kind.dim] = sum(local.shape[kind.dim] for local in locals_)
     elif isinstance(kind, Slices):
-        pieces = [piece for p in placements if isinstance(p, Slices) for piece in p.pieces]
-        shape = [
-            max(whole[dim].stop for _, whole in pieces) if dim < len(pieces[0][1]) else size
-            for dim, size in enumerate(shape)
-        ]
+        regions = [whole for p in placements if isinstance(p, Slices) for _, whole in p.pieces]
+        for dim in range(len(shape)):
+            stops = [region[dim].stop for region in regions if dim < len(region)]
+            shape[dim] = max((stop for stop in stops if stop is not None), default=shape[dim])
     return tuple(shape)

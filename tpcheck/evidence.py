@@ -6,7 +6,7 @@ one frozen record; what is missing is None and makes the check say so.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from tpcheck.numerics.tolerance import Tolerance
@@ -15,9 +15,13 @@ from tpcheck.trace import Trace
 
 @dataclass(frozen=True, slots=True)
 class NoiseFloor:
-    """How far casts narrower than float64 may move the output: measured, with where they are."""
+    """How far casts narrower than float64 may move the output: measured, with where they are.
+
+    sliced: input id -> the same in units of each channel, and of each token; see comparison.
+    """
 
     relative_rms: float = 0.0
+    sliced: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     tier: str = "float64"
     source: str = "no cast below float64"
 

@@ -22,6 +22,7 @@ from tpcheck.observation.consumption import Consumption, offer_weights
 from tpcheck.observation.dispatch import Choice, Watch
 from tpcheck.observation.injection import reduction_noise
 from tpcheck.observation.modules import ModuleTracer, replay_modules, traced_modules
+from tpcheck.placement import Placement
 from tpcheck.spec import ModelSpec
 from tpcheck.subjects import Subject, SubjectRef, resolve, with_spec
 from tpcheck.trace import Trace
@@ -165,7 +166,9 @@ class _Runner:
         if task.perturb_seed is not None:
             generator = torch.Generator().manual_seed(task.perturb_seed * 1009 + self._group.rank)
         pinned = task.pinned.get(input_id)
-        watch = Watch(self._group.recorder, perturb=generator, pinned=pinned)
+        watch = Watch(
+            self._group.recorder, wanted=self._group.dtype, perturb=generator, pinned=pinned
+        )
         with fqn_hooks(self._forward, self._group), watch:
             yield
         if watch.choices:
@@ -290,5 +293,10 @@ def _checked_shards(shards: Any) -> dict[str, tuple[torch.Tensor, Any]]:
         if not (isinstance(entry, tuple) and len(entry) == 2):
             raise SubjectError(f"forward.shards()[{name!r}] should be (local tensor, placement)")
         tensor, placement = entry
+        if not isinstance(tensor, torch.Tensor) or not isinstance(placement, Placement):
+            raise SubjectError(
+                f"forward.shards()[{name!r}]=({type(tensor).__name__}, {placement!r}), but should"
+                " be a tensor and one of Shard, Replicate, Partial, Slices"
+            )
         checked[str(name)] = (tensor.detach().to("cpu").contiguous(), placement)
     return checked

@@ -2,7 +2,9 @@
 
 Requirement: batch rows differ (a hook that returns output[0] is invisible when rows are equal),
 lengths 1, tp-1, tp, tp+1 and the longest are all tried, and the longest runs as A, B, A on one
-built subject so that state leaking from call to call shows.
+built subject so that state leaking from call to call shows. Long comes before short, because what
+a longer call left in a buffer shows in the shorter one after it. Token ids are as different as they
+can be, and every second one stands at the edge of a vocabulary shard, where masks go wrong.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ from tpcheck.spec import Case
 from tpcheck.subjects import Subject
 
 Inputs = Mapping[str, tuple[torch.Tensor, ...]]
+
+_EDGE_DEGREES = (2, 3, 4, 8)
+"""Fixed, so that a case has the same inputs whatever degrees are asked for."""
 
 
 def sweep_lengths(seq_len: int, tp_sizes: Sequence[int]) -> list[int]:
@@ -42,7 +47,7 @@ def make_inputs(subject: Subject, case: Case, tp_sizes: Sequence[int]) -> Inputs
         takes_length = _takes_shape(options.inputs)
         make = lambda generator, length: _users_inputs(subject, generator, case.batch, length)  # noqa: E731
     lengths = sweep_lengths(case.seq_len, tp_sizes) if options.sweep and takes_length else []
-    made = {f"t{n}": make(_generator(case.seed, n), n) for n in lengths}
+    made = {f"t{n}": make(_generator(case.seed, n), n) for n in reversed(lengths)}
     made["A"] = make(_generator(case.seed, 0), case.seq_len)
     made["B"] = make(_generator(case.seed, -1), case.seq_len)
     return made
@@ -58,11 +63,26 @@ def input_order(inputs: Inputs, tp_size: int | None = None) -> tuple[str, ...]:
 
 
 def token_ids(generator: torch.Generator, vocab: int, batch: int, length: int) -> torch.Tensor:
-    """Return int64 [batch, length] below `vocab`; the rows differ wherever they can."""
-    ids = torch.randint(vocab, (batch, length), generator=generator)
-    if vocab >= batch:
+    """Return int64 [batch, length] below `vocab`; tokens and rows differ wherever they can."""
+    count = batch * length
+    edges = _shard_edges(vocab)
+    edges = edges[torch.randperm(len(edges), generator=generator)][: count // 2]
+    rest = torch.randperm(vocab, generator=generator)
+    pool = torch.cat([edges, rest[~torch.isin(rest, edges)]])
+    pool = pool.repeat(-(-count // vocab))[:count]
+    ids = pool[torch.randperm(count, generator=generator)].view(batch, length)
+    if vocab >= batch and len(set(ids[:, 0].tolist())) < batch:
         ids[:, 0] = torch.randperm(vocab, generator=generator)[:batch]
     return ids
+
+
+def _shard_edges(vocab: int) -> torch.Tensor:
+    """Return the first and last ids of every rank's vocabulary shard."""
+    edges = {0, vocab - 1}
+    for tp_size in _EDGE_DEGREES:
+        rows = -(-vocab // tp_size)
+        edges |= {rank * rows - step for rank in range(1, tp_size) for step in (0, 1)}
+    return torch.tensor(sorted(edge for edge in edges if edge < vocab))
 
 
 def _users_inputs(

@@ -17,6 +17,7 @@ from typing import Any
 
 from tpcheck.checks import drift, run_checks, structural
 from tpcheck.comparison import pooled_rms, relative
+from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence, NoiseFloor
 from tpcheck.execution import AGAIN, Task
 from tpcheck.groups.jobs import Job, Ranks
@@ -311,6 +312,8 @@ class Investigation:
                 return self._locate_exact(evidence, where), ()
             return self._locate_deployed(evidence), ()
         except JobFailed as error:
+            if self._settings.until and isinstance(error.failure.exception, SubjectError):
+                raise  # the user asked for a module that is not there
             return None, (f"localization stopped: {error}",)
 
     def _locate_exact(self, evidence: Evidence, input_id: str) -> FirstDivergence | None:
@@ -379,7 +382,7 @@ def _floor(casts: Sequence[NarrowCast], response: float) -> NoiseFloor:
     return NoiseFloor(
         relative_rms=response,
         tier=narrowest.target,
-        source=f"half an ulp of {narrowest.target} at the subject's own casts{where}"
+        source=f"half an ulp at the subject's own {narrowest.target} operations{where}"
         f" moves the output by {response:.2g}",
     )
 

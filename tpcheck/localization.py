@@ -180,6 +180,9 @@ def _attribution(
     if any(len(record.partials) != 1 for record in records):
         return None, ""
     operands = torch.stack([record.partials[0][1].double().flatten() for record in records], 1)
+    empty = [rank for rank, zero in enumerate((operands == 0).all(0).tolist()) if zero]
+    if len(empty) == 1:
+        return empty[0], f"rank {empty[0]}'s partial is all zeros"
     result = records[0].partials[0][2].double().flatten()
     if operands.shape[0] != result.numel():
         return None, ""

@@ -56,14 +56,12 @@ def make_run_plan(
     settings: Settings,
     options: tuple[str, ...],
 ) -> RunPlan:
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise TPCheckError(f"dtype={dtype!r}, but should be one of {', '.join(DTYPES)}")
-    for name, value in (("cases", cases), ("batch", batch), ("seq_len", seq_len)):
-        if value is not None and value < 1:
-            raise TPCheckError(f"{name}={value}, but should be at least 1")
-    if seed < 0:
-        raise TPCheckError(f"seed={seed}, but should be at least 0")
+    _require_dtypes(dtypes)
+    whole = {"cases": cases, "batch": batch, "seq_len": seq_len, "max_failures": max_failures}
+    for name, value in whole.items():
+        if value is not None:
+            _require_whole(name, value, at_least=1)
+    _require_whole("seed", seed, at_least=0)
     longest = subject.options.seq_len
     if seq_len is not None and longest and seq_len > longest and subject.options.spec is None:
         raise TPCheckError(
@@ -96,9 +94,10 @@ def _degrees(
 ) -> tuple[int, ...]:
     """Return what was asked for, or the defaults that the plan and the backend allow."""
     if asked is not None:
+        if isinstance(asked, (int, str)):
+            raise TPCheckError(f"tp={asked!r}, but should be several degrees: (2, 4, 8)")
         for size in asked:
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise TPCheckError(f"tp={size!r}, but should be a whole number of at least 1")
+            _require_whole("tp", size, at_least=1)
         if not asked:
             raise TPCheckError("tp is empty, but should name at least one degree")
         return tuple(dict.fromkeys(asked))
@@ -115,6 +114,19 @@ def _degrees(
             " name degrees with --tp"
         )
     return fitting
+
+
+def _require_dtypes(dtypes: Sequence[str]) -> None:
+    if isinstance(dtypes, str) or not dtypes:
+        raise TPCheckError(f'dtypes={dtypes!r}, but should be several: ("bfloat16", "float16")')
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise TPCheckError(f"dtype={dtype!r}, but should be one of {', '.join(DTYPES)}")
+
+
+def _require_whole(name: str, value: object, *, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise TPCheckError(f"{name}={value!r}, but should be a whole number of at least {at_least}")
 
 
 def repro_line(plan: RunPlan, case: Case, tp_size: int, dtype: str) -> str:

@@ -38,7 +38,10 @@ def draw_spec(strategy: Any, seed: int) -> ModelSpec:
     def collect(spec: Any) -> None:
         drawn.append(spec)
 
-    collect()
+    try:
+        collect()
+    except hypothesis.errors.HypothesisException as error:
+        raise SubjectError(f"specs={strategy!r} cannot be drawn from: {error}") from error
     spec = drawn[-1]
     if isinstance(spec, dict):
         return ModelSpec.from_fields(spec)

@@ -112,6 +112,8 @@ def subject(
             raise SubjectError(f"subject: {name}={value!r}, but should be a whole number >= 0")
     if isinstance(spec, Mapping):
         spec = ModelSpec.from_fields(spec)
+    if spec is not None and not isinstance(spec, ModelSpec):
+        raise SubjectError(f"subject: spec={spec!r}, but should be a ModelSpec or a dict of fields")
     if inputs is not None and not callable(inputs):
         raise SubjectError(f"subject: inputs={inputs!r}, but should be fn(generator, ...)")
     if inputs is None and not vocab_size and spec is None and specs is None:
@@ -273,9 +275,10 @@ def _load_file(path: str) -> ModuleType:
 
 
 def _ref_of_callable(build: Callable[..., Any]) -> SubjectRef:
-    module = getattr(build, "__module__", None) or ""
-    qualname = getattr(build, "__qualname__", "") or type(build).__qualname__
+    module, qualname = _place(build)
     label = f"{module}:{qualname}"
+    if isinstance(build, functools.partial):
+        label = "{}:partial({})".format(*_place(build.func))
     if module.startswith("_tpcheck_subject_"):
         path = getattr(sys.modules.get(module), "__file__", None)
         if path is not None:
@@ -283,6 +286,11 @@ def _ref_of_callable(build: Callable[..., Any]) -> SubjectRef:
     if _importable(build, module, qualname):
         return SubjectRef("name", module, qualname, label)
     return SubjectRef("pickled", _pickle(build, label), label=label)
+
+
+def _place(build: Callable[..., Any]) -> tuple[str, str]:
+    module = getattr(build, "__module__", None) or ""
+    return module, getattr(build, "__qualname__", "") or type(build).__qualname__
 
 
 def _importable(build: Callable[..., Any], module: str, qualname: str) -> bool:
@@ -330,11 +338,20 @@ def _unshippable(build: Callable[..., Any]) -> str:
     """Name the captured object that does not pickle."""
     import cloudpickle
 
+    bound: dict[str, Any] = {}
+    while isinstance(build, functools.partial):
+        bound |= {f"argument {i}": value for i, value in enumerate(build.args)} | build.keywords
+        build = build.func
     try:
         closure = inspect.getclosurevars(build)
     except TypeError:
         return "it does not pickle"
-    for kind, captured in (("captures", closure.nonlocals), ("uses the global", closure.globals)):
+    everything = (
+        ("binds", bound),
+        ("captures", closure.nonlocals),
+        ("uses the global", closure.globals),
+    )
+    for kind, captured in everything:
         for name, value in captured.items():
             try:
                 cloudpickle.dumps(value)

@@ -58,7 +58,7 @@ def leaves(tp):
 
 @tpcheck.subject(vocab_size=VOCAB, seq_len=4)
 def runs_out_of_memory(tp):
-    """Allocates until the limit that stands in for the machine's; then dies as by the OOM killer."""
+    """Allocates up to a limit that stands in for the machine, then dies as by the OOM killer."""
 
     def allocate(partial):
         if tp.size > 1 and tp.rank == 0:

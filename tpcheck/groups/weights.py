@@ -201,7 +201,7 @@ class WeightSource:
         if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)):
             shape = tuple(shape[0])
         for size in shape:
-            if not isinstance(size, int) or size < 0:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 0:
                 raise SubjectError(
                     f"weight {name!r}: shape={shape}, but should be whole sizes >= 0"
                 )

@@ -23,7 +23,31 @@ from tpcheck.trace import NarrowCast
 
 _CHOICES = {"aten::topk", "aten::argmax", "aten::max.dim"}
 _DISTRIBUTED = ("c10d", "_c10d_functional")
-_BOOKKEEPING = {"wait_tensor", "monitored_barrier_"}
+_BOOKKEEPING = {"wait_tensor", "monitored_barrier"}
+_OP_NAMES = {
+    "allreduce": "all_reduce",
+    "allgather": "all_gather",
+    "allgather_base": "all_gather",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_base": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
+    "alltoall": "all_to_all",
+    "alltoall_base": "all_to_all",
+    "all_to_all_single": "all_to_all",
+}
+"""One name per collective, however it was called."""
+
+
+_EXACT = {
+    f"aten::{name}"
+    for name in (
+        "cat clone stack embedding gather index.Tensor index_select where.self masked_fill.Scalar"
+        " masked_fill.Tensor repeat constant_pad_nd neg relu abs zeros_like ones_like full_like"
+        " new_zeros new_ones new_full new_empty empty_like zeros ones full empty.memory_format"
+        " arange arange.start scalar_tensor triu tril _unsafe_view"
+    ).split()
+}
+"""Ops that move or make values without rounding them."""
 
 
 class Choice:
@@ -53,6 +77,8 @@ class Watch(TorchDispatchMode):
 
     Args:
         recorder: where torch.distributed calls of the subject's own are logged.
+        wanted: the dtype the subject was asked to compute in; whatever it computes in a narrower
+            one counts as a cast, because code may hold its weights in float32 from the start.
         perturb: a generator; narrowing results are moved by up to half an ulp with it.
         pinned: choices of a reference forward, in order; top-k returns these indices instead.
     """
@@ -61,6 +87,7 @@ class Watch(TorchDispatchMode):
         self,
         recorder: Recorder,
         *,
+        wanted: torch.dtype | None = None,
         perturb: torch.Generator | None = None,
         pinned: Sequence[Choice] | None = None,
     ) -> None:
@@ -68,6 +95,7 @@ class Watch(TorchDispatchMode):
         self.choices: list[Choice] = []
         self.unpinned = 0
         self._recorder = recorder
+        self._wanted = wanted
         self._perturb = perturb
         self._pinned = pinned
         self._casts: dict[tuple[str, str, str], int] = {}
@@ -106,20 +134,30 @@ class Watch(TorchDispatchMode):
         if name in _CHOICES:
             return self._choose(name, func, args, kwargs)
         result = func(*args, **kwargs)
-        wide = _widest(args)
-        if wide is not None and isinstance(result, torch.Tensor):
-            if result.dtype.is_floating_point and _eps(result.dtype) > _eps(wide):
-                return self._narrowed(func, result, wide)
+        if isinstance(result, torch.Tensor):
+            return self._seen(func, args, result)
+        if isinstance(result, tuple) and any(isinstance(x, torch.Tensor) for x in result):
+            return tuple(
+                self._seen(func, args, x) if isinstance(x, torch.Tensor) else x for x in result
+            )
         return result
 
-    def _narrowed(self, func: Any, result: torch.Tensor, source: torch.dtype) -> torch.Tensor:
-        target = str(result.dtype).removeprefix("torch.")
-        key = (self._recorder.fqn, str(source).removeprefix("torch."), target)
+    def _seen(self, func: Any, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor:
+        """Note a result that is narrower than its operands, or than what the subject was given."""
+        if not result.dtype.is_floating_point:
+            return result
+        widest = _widest(args)
+        source = widest or result.dtype
+        cast = widest is not None and _eps(result.dtype) > _eps(widest)
+        narrow = self._wanted is not None and _eps(result.dtype) > _eps(self._wanted)
+        if not cast and (not narrow or func.name() in _EXACT or _is_view(func)):
+            return result
+        key = (self._recorder.fqn, _name(source), _name(result.dtype))
         self._casts[key] = self._casts.get(key, 0) + 1
         if self._perturb is None:
             return result
         moved = half_ulp_noise(result, self._perturb)
-        return result.copy_(moved) if func.name() == "aten::copy_" else moved
+        return result.copy_(moved) if _writes(func) else moved
 
     def _choose(
         self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -133,7 +171,8 @@ class Watch(TorchDispatchMode):
         if dim is None:
             return result
         position = len(self.choices)
-        margin = _margin(values, indices, dim, keepdim)
+        smallest = name == "aten::topk" and not _largest(args, kwargs)
+        margin = _margin(-values if smallest else values, indices, dim, keepdim)
         choice = Choice(indices.clone(), margin, values.shape[dim])
         self.choices.append(choice)
         if self._pinned is None:
@@ -149,7 +188,8 @@ class Watch(TorchDispatchMode):
         return (chosen if keepdim else chosen.squeeze(dim)), pinned.clone()
 
     def _log_collective(self, func: Any, args: tuple[Any, ...]) -> None:
-        op = func.name().split("::")[1].split(".")[0].rstrip("_")
+        op = func.name().split("::")[1].split(".")[0].strip("_")
+        op = _OP_NAMES.get(op, op)
         if op in _BOOKKEEPING:
             return
         tensor = _first_tensor(args)
@@ -165,6 +205,21 @@ class Watch(TorchDispatchMode):
         if self._open:
             self._open = False
             self._recorder.exit()
+
+
+@functools.cache
+def _is_view(func: Any) -> bool:
+    """A view shares its operand's memory: replacing it would lose what is written through it."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    return any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def half_ulp_noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -211,6 +266,10 @@ def _choice_dim(
     dim = args[position] if len(args) > position else kwargs.get("dim", default)
     keepdim = args[2] if name != "aten::topk" and len(args) > 2 else kwargs.get("keepdim", False)
     return dim, name == "aten::topk" or bool(keepdim)
+
+
+def _largest(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    return bool(args[3] if len(args) > 3 else kwargs.get("largest", True))
 
 
 def _margin(values: torch.Tensor, indices: torch.Tensor, dim: int, keepdim: bool) -> float:

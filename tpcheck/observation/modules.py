@@ -86,8 +86,9 @@ class ModuleTracer:
         self, points: Mapping[str, TracePoint], group: RecordedGroup, *, until: str = ""
     ) -> None:
         if until and until not in points:
-            some = ", ".join(list(points)[:5]) or "none"
-            raise SubjectError(f"until={until!r} is not a traced module; there are: {some}, ...")
+            some = ", ".join(list(points)[:5])
+            known = f"there are: {some}, ..." if points else "the subject traces none"
+            raise SubjectError(f"until={until!r} is not a traced module; {known}")
         self.records: dict[str, PointRecord] = {}
         self._points = points
         self._group = group

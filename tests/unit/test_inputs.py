@@ -1,0 +1,140 @@
+"""Inputs of a case: the same at every degree, different in every row, swept over lengths."""
+
+import pytest
+import torch
+
+from tpcheck.errors import SubjectError
+from tpcheck.inputs import input_order, make_inputs, sweep_lengths, token_ids
+from tpcheck.spec import Case
+from tpcheck.subjects import Subject, SubjectOptions
+
+torch.set_num_threads(1)
+CASE = Case(seed=7, batch=2, seq_len=16)
+
+
+def subject(**options):
+    options = {"vocab_size": 100, "seq_len": 16} | options
+    return Subject("models.py:build", lambda tp: None, SubjectOptions(**options))
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "tp_sizes", "lengths"),
+    [
+        (16, (4,), [1, 3, 4, 5]),
+        (16, (2, 4), [1, 2, 3, 4, 5]),
+        (4, (4,), [1, 3]),
+        (1, (8,), []),
+        (16, (1,), [1, 2]),
+        (16, (32,), [1]),
+    ],
+)
+def test_lengths_around_every_degree_are_swept_as_far_as_they_fit(seq_len, tp_sizes, lengths):
+    assert sweep_lengths(seq_len, tp_sizes) == lengths
+
+
+def test_token_ids_are_below_the_vocabulary_and_made_for_every_length():
+    made = make_inputs(subject(), CASE, (4,))
+    assert list(made) == ["t1", "t3", "t4", "t5", "A", "B"]
+    for name, (ids,) in made.items():
+        assert ids.dtype == torch.int64
+        assert ids.shape == (2, int(name[1:]) if name.startswith("t") else 16)
+        assert 0 <= int(ids.min()) <= int(ids.max()) < 100
+
+
+def test_rows_differ_even_at_one_token():
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        column = token_ids(generator, 4, 3, 1)[:, 0]
+        assert len(set(column.tolist())) == 3
+
+
+def test_a_vocabulary_smaller_than_the_batch_still_works():
+    assert token_ids(torch.Generator(), 1, 3, 2).shape == (3, 2)
+
+
+def test_a_and_b_differ():
+    made = make_inputs(subject(), CASE, (2,))
+    assert not torch.equal(made["A"][0], made["B"][0])
+
+
+def test_a_case_makes_the_same_inputs_for_whatever_degrees_are_run():
+    two, eight = (make_inputs(subject(), CASE, sizes) for sizes in ((2,), (2, 8)))
+    for name in two:
+        assert torch.equal(two[name][0], eight[name][0])
+
+
+def test_another_seed_makes_other_inputs():
+    other = make_inputs(subject(), Case(8, 2, 16), (2,))
+    assert not torch.equal(make_inputs(subject(), CASE, (2,))["A"][0], other["A"][0])
+
+
+def test_sweep_false_pins_the_length():
+    assert list(make_inputs(subject(sweep=False), CASE, (4,))) == ["A", "B"]
+
+
+def test_the_order_ends_with_a_b_a_and_keeps_only_one_degrees_lengths():
+    made = make_inputs(subject(), CASE, (2, 8))
+    assert input_order(made) == ("t1", "t2", "t3", "t7", "t8", "t9", "A", "B", "A")
+    assert input_order(made, 8) == ("t1", "t7", "t8", "t9", "A", "B", "A")
+    assert input_order(made, 2) == ("t1", "t2", "t3", "A", "B", "A")
+
+
+def fixed(generator):
+    return torch.randn(3, 5, generator=generator), torch.arange(5)
+
+
+def shaped(generator, batch, seq_len):
+    return torch.randn(batch, seq_len, 4, generator=generator)
+
+
+def test_a_users_function_of_the_generator_decides_everything():
+    made = make_inputs(subject(vocab_size=0, inputs=fixed), CASE, (4,))
+    assert list(made) == ["A", "B"]
+    assert [tensor.shape for tensor in made["A"]] == [(3, 5), (5,)]
+    assert not torch.equal(made["A"][0], made["B"][0])
+
+
+@pytest.mark.parametrize("function", [shaped, lambda *args: shaped(*args)])
+def test_a_users_function_of_batch_and_length_is_swept(function):
+    made = make_inputs(subject(vocab_size=0, inputs=function), CASE, (2,))
+    assert {name: tuple(x.shape) for name, (x,) in made.items()} == {
+        "t1": (2, 1, 4),
+        "t2": (2, 2, 4),
+        "t3": (2, 3, 4),
+        "A": (2, 16, 4),
+        "B": (2, 16, 4),
+    }
+
+
+def test_inputs_are_plain_tensors_without_history():
+    def learned(generator):
+        return torch.randn(2, generator=generator).requires_grad_() * 2
+
+    (x,) = make_inputs(subject(inputs=learned), CASE, (2,))["A"]
+    assert not x.requires_grad
+
+
+def boom(generator):
+    raise KeyError("no data")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (boom, "models.py:build: inputs() raised KeyError: 'no data'"),
+        (
+            lambda generator: [1, 2],
+            "models.py:build: inputs() returned int,"
+            " but should return a tensor or a tuple of tensors",
+        ),
+        (
+            lambda generator: None,
+            "models.py:build: inputs() returned NoneType,"
+            " but should return a tensor or a tuple of tensors",
+        ),
+    ],
+)
+def test_inputs_that_cannot_be_made_are_the_subjects_error(function, message):
+    with pytest.raises(SubjectError) as error:
+        make_inputs(subject(inputs=function), CASE, (2,))
+    assert str(error.value) == message
