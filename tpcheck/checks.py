@@ -20,6 +20,7 @@ from tpcheck.comparison import (
     mask_difference,
     pooled_rms,
     scientific,
+    sliced_relative_rms,
     worst_comparison,
 )
 from tpcheck.conduct import rank_agreement, repeatability, schedule, tiling
@@ -62,7 +63,24 @@ def structural(evidence: Evidence) -> Check:
             f" {worst.worst_actual:.6g} for {worst.worst_expected:.6g}"
         )
         return Check(FAIL, reason, facts)
-    return Check(PASS, "", facts)
+    hidden = _hidden_in_slices(evidence)
+    return Check(FAIL, hidden, facts) if hidden else Check(PASS, "", facts)
+
+
+def _hidden_in_slices(evidence: Evidence) -> str:
+    """Say which small channels or tokens are off by more than their casts explain."""
+    assert evidence.oracle is not None
+    for key, noise in evidence.floor.sliced.items():
+        actual, expected = evidence.exact[0].outputs[key], evidence.oracle.outputs[key]
+        found = sliced_relative_rms(actual, expected)
+        for name, value, response in zip(("channel", "token"), found, noise, strict=True):
+            limit = structural_limit(response)
+            if value > limit:
+                return (
+                    f"{key}: relative_rms={value:.3g} in units of each {name}, but should be at"
+                    f" most {limit:.3g}: larger ones hide it in the whole"
+                )
+    return ""
 
 
 def drift(evidence: Evidence) -> Check:

@@ -9,8 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from tpcheck.comparison import pooled_rms, relative
+from tpcheck.execution import AGAIN
 from tpcheck.numerics.tolerance import Tolerance
-from tpcheck.trace import Trace
+from tpcheck.numerics.ulp import eps
+from tpcheck.observation.dispatch import Choice
+from tpcheck.trace import NarrowCast, Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +55,47 @@ class Evidence:
     routing_flips: int = 0
     routing_margin: float | None = None
     routing_pinned: bool = False
+
+
+def distance(actual: Trace, expected: Trace) -> tuple[float, float, int]:
+    """Return rms(actual - expected), rms(expected) and the count, over all inputs together."""
+    keys = [key for key in actual.outputs if key in expected.outputs and key != AGAIN]
+    return pooled_rms([(actual.outputs[key], expected.outputs[key]) for key in keys])
+
+
+def output_response(moved: Trace, still: Trace) -> float:
+    """Return the largest relative rms by which any input's output moved."""
+    responses = [0.0]
+    for key in moved.outputs:
+        if key in still.outputs and key != AGAIN:
+            error, magnitude, _ = pooled_rms([(moved.outputs[key], still.outputs[key])])
+            responses.append(relative(error, magnitude))
+    return max(responses)
+
+
+def noise_floor(casts: Sequence[NarrowCast], response: float) -> NoiseFloor:
+    """Return the floor that narrow operations set, given how far half an ulp there moved it."""
+    narrowest = max(casts, key=lambda cast: eps(cast.target))
+    where = f" in {narrowest.fqn}" if narrowest.fqn else ""
+    return NoiseFloor(
+        relative_rms=response,
+        tier=narrowest.target,
+        source=f"half an ulp at the subject's own {narrowest.target} operations{where}"
+        f" moves the output by {response:.2g}",
+    )
+
+
+def routing_flips(
+    own: Mapping[str, Sequence[Choice]], reference: Mapping[str, Sequence[Choice]]
+) -> tuple[int, float]:
+    """Return how many rows chose otherwise than the reference, and the widest margin of those."""
+    flips, margin = 0, 0.0
+    for key, choices in own.items():
+        for mine, other in zip(choices, reference.get(key, ()), strict=False):
+            if not mine.comparable(other):
+                continue
+            count = mine.flips(other)
+            if count:
+                flips += count
+                margin = max(margin, other.margin)
+    return flips, margin

@@ -142,9 +142,18 @@ class _Runner:
             digests=self._digests,
             collectives=self._collectives,
             casts=tuple(self._casts.values()),
-            facts=dict(getattr(self._forward, "facts", {}) or {}),
+            facts=self._facts(),
             extras=self._extras,
         )
+
+    def _facts(self) -> dict[str, Any]:
+        """What carried the run, and what the subject says of itself."""
+        own = dict(getattr(self._forward, "facts", None) or {})
+        return {
+            "device": str(self._group.device),
+            "compiled": hasattr(self._forward, "_orig_mod"),
+            "threads_per_rank": torch.get_num_threads(),
+        } | own
 
     def _run(self, name: str, call: Callable[[], Any], input_id: str) -> None:
         with self._watching(name, input_id):

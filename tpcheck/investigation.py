@@ -16,21 +16,26 @@ from functools import cached_property
 from typing import Any
 
 from tpcheck.checks import drift, run_checks, structural
-from tpcheck.comparison import pooled_rms, relative
 from tpcheck.errors import SubjectError
-from tpcheck.evidence import Evidence, NoiseFloor
-from tpcheck.execution import AGAIN, Task
+from tpcheck.evidence import (
+    Evidence,
+    distance,
+    noise_floor,
+    output_response,
+    routing_flips,
+)
+from tpcheck.execution import Task
 from tpcheck.groups.jobs import Job, Ranks
 from tpcheck.inputs import input_order, make_inputs
 from tpcheck.localization import locate
 from tpcheck.numerics.drift import ASSUMED_ERROR, expected_ratio, floored, ratio_limit
-from tpcheck.numerics.tolerance import STRUCTURAL_LIMIT, Tolerance, structural_limit
+from tpcheck.numerics.tolerance import Tolerance, structural_limit
 from tpcheck.numerics.ulp import eps
 from tpcheck.observation.dispatch import Choice
 from tpcheck.records import FAIL, Check, FirstDivergence
 from tpcheck.spec import Case
 from tpcheck.subjects import Subject, SubjectRef
-from tpcheck.trace import NarrowCast, RankFailure, Trace
+from tpcheck.trace import RankFailure, Trace
 
 _NOISE_SEED = 1
 _TIE = 1e-9
@@ -159,7 +164,7 @@ class Investigation:
             return None
         task = replace(self._deployed_task(self._all_lengths), perturb_weights=_NOISE_SEED)
         moved = self._run(task, 1)[0]
-        error, magnitude, _ = _distance(moved, self._base)
+        error, magnitude, _ = distance(moved, self._base)
         return max(error, ASSUMED_ERROR * eps(self._dtype) * magnitude)
 
     @property
@@ -219,31 +224,44 @@ class Investigation:
         return evidence
 
     def _with_noise_floor(self, evidence: Evidence) -> Evidence:
+        """Hard casts bound what a float64 run can see: measure at TP=1, at TP=N only if needed."""
         oracle = evidence.oracle
-        if oracle is None or not evidence.exact or structural(evidence).outcome != FAIL:
+        if oracle is None or not evidence.exact:
             return evidence
         casts = [*oracle.casts, *(cast for trace in evidence.exact for cast in trace.casts)]
         if not casts:
             return evidence
-        keys = [key for key in oracle.outputs if key in ("t1", "A")]
-        task = replace(
+        if oracle.casts:
+            evidence = replace(evidence, floor=noise_floor(casts, self._noise_alone))
+            if structural(evidence).outcome != FAIL:
+                return evidence
+        moved = self._run(self._noisy_task, evidence.tp_size)[0]
+        response = output_response(moved, evidence.exact[0])
+        return replace(
+            evidence, floor=noise_floor(casts, max(response, evidence.floor.relative_rms))
+        )
+
+    @cached_property
+    def _noise_alone(self) -> float:
+        assert self._oracle is not None
+        return output_response(self._run(self._noisy_task, 1)[0], self._oracle)
+
+    @property
+    def _noisy_task(self) -> Task:
+        keys = [key for key in self._inputs if key in ("t1", "A")]
+        return replace(
             self._exact_task(tuple(keys)),
             perturb_seed=_NOISE_SEED,
             pinned=self._pinned,
             decode=False,
         )
-        responses = [
-            _response(self._run(task, 1)[0], oracle),
-            _response(self._run(task, evidence.tp_size)[0], evidence.exact[0]),
-        ]
-        return replace(evidence, floor=_floor(casts, max(responses)))
 
     def _with_ties_pinned(self, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
         if evidence.oracle is None or not evidence.exact or not self._pinned:
             return evidence, ()
         if structural(evidence).outcome != FAIL:
             return evidence, ()
-        flips, margin = _flips(evidence.exact[0].extras["choices"], self._pinned)
+        flips, margin = routing_flips(evidence.exact[0].extras["choices"], self._pinned)
         if not flips or margin > max(_TIE, structural_limit(evidence.floor.relative_rms)):
             return evidence, ()
         order = input_order(self._inputs, evidence.tp_size)
@@ -266,12 +284,13 @@ class Investigation:
             noise_kind=self._settings.reduction,
             pinned=self._pinned,
             decode=False,
+            watch=False,
         )
         noisy = self._run(task, evidence.tp_size)[0]
-        response, _, _ = _distance(noisy, evidence.exact[0])
+        response, _, _ = distance(noisy, evidence.exact[0])
         oracle = evidence.oracle
         assert oracle is not None
-        error, magnitude, _ = _distance(evidence.base, oracle)
+        error, magnitude, _ = distance(evidence.base, oracle)
         at_1 = floored(error, magnitude, eps(self._dtype))
         if not at_1:
             return evidence
@@ -289,7 +308,7 @@ class Investigation:
     def _routing(self, deployed: Sequence[Trace]) -> dict[str, Any]:
         if not self._pinned:
             return {}
-        flips, margin = _flips(deployed[0].extras["choices"], self._pinned)
+        flips, margin = routing_flips(deployed[0].extras["choices"], self._pinned)
         pinned = all(trace.extras["unpinned"] == 0 for trace in deployed)
         return {
             "routing_flips": flips,
@@ -324,7 +343,10 @@ class Investigation:
             for fqn, record in reference.extras["points"].items()
             if record.in_placement is not None and record.input is not None
         }
-        traces = self._run(replace(task, replay=replay), evidence.tp_size)
+        try:
+            traces = self._run(replace(task, replay=replay), evidence.tp_size)
+        except JobFailed:  # a module that cannot run alone; then the forward has to do
+            traces = self._run(task, evidence.tp_size)
         return locate(reference, traces, limit=structural_limit(evidence.floor.relative_rms))
 
     def _locate_deployed(self, evidence: Evidence) -> FirstDivergence | None:
@@ -357,52 +379,3 @@ class Investigation:
             if result.failure is not None:
                 raise JobFailed(result.failure)
         return [result.replies for result in results]
-
-
-def _distance(actual: Trace, expected: Trace) -> tuple[float, float, int]:
-    keys = [key for key in actual.outputs if key in expected.outputs and key != AGAIN]
-    return pooled_rms([(actual.outputs[key], expected.outputs[key]) for key in keys])
-
-
-def _response(moved: Trace, still: Trace) -> float:
-    """Return the largest relative rms by which any input's output moved."""
-    responses = [0.0]
-    for key in moved.outputs:
-        if key in still.outputs and key != AGAIN:
-            error, magnitude, _ = pooled_rms([(moved.outputs[key], still.outputs[key])])
-            responses.append(relative(error, magnitude))
-    return max(responses)
-
-
-def _floor(casts: Sequence[NarrowCast], response: float) -> NoiseFloor:
-    narrowest = max(casts, key=lambda cast: eps(cast.target))
-    where = f" in {narrowest.fqn}" if narrowest.fqn else ""
-    if structural_limit(response) <= STRUCTURAL_LIMIT:
-        return NoiseFloor()
-    return NoiseFloor(
-        relative_rms=response,
-        tier=narrowest.target,
-        source=f"half an ulp at the subject's own {narrowest.target} operations{where}"
-        f" moves the output by {response:.2g}",
-    )
-
-
-def _flips(
-    own: Mapping[str, Sequence[Choice]], reference: Mapping[str, Sequence[Choice]]
-) -> tuple[int, float]:
-    """Return how many rows chose otherwise than the reference, and the widest margin of those."""
-    flips, margin = 0, 0.0
-    for key, choices in own.items():
-        for mine, other in zip(choices, reference.get(key, ()), strict=False):
-            if not mine.comparable(other):
-                continue
-            different = mine.indices.sort(-1)[0] != other.indices.sort(-1)[0]
-            count = (
-                int(different.reshape(-1, different.shape[-1]).any(-1).sum())
-                if different.ndim
-                else 0
-            )
-            if count:
-                flips += count
-                margin = max(margin, other.margin)
-    return flips, margin

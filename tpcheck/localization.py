@@ -7,8 +7,8 @@ upstream error is not blamed on what follows; at a row-parallel layer the regres
 captured partials names the rank and the factor.
 
 [Undeclared Placements] An output without a declared placement is read as Replicate when all ranks
-hold the same bits, else as Shard(dim) when the sizes add up, else as Partial("sum"). Two dims that
-fit equally well are a tie, and the point is skipped.
+hold the same bits or the reference's values, else as Shard(dim) when the sizes add up, else as
+Partial("sum"). Two dims that fit equally well are a tie, and the point is skipped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tpcheck.comparison import compare, describe_region
+from tpcheck.comparison import compare, describe_region, mask_difference
 from tpcheck.observation.modules import PointRecord
 from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
 from tpcheck.records import FirstDivergence
@@ -69,7 +69,7 @@ def _judge_point(
     if any(output is None for output in outputs):
         return None
     declared = [record.out_placement for record in records]
-    placements = declared if declared[0] is not None else _infer(outputs, want)
+    placements = declared if declared[0] is not None else _infer(outputs, want, allowed)
     if placements is None:
         return None
     rank, got = _reconciled(outputs, placements, want, allowed)
@@ -78,7 +78,9 @@ def _judge_point(
     if got.shape != want.shape:
         detail = f"shape={list(got.shape)}, but should be {list(want.shape)} as at TP=1"
         return FirstDivergence(fqn, rank, detail=detail)
-    bad = (got.double() - want.double()).abs() > max(allowed, 1e-15) * _rms(want)
+    size = _rms(torch.where(want.isfinite(), want, 0.0))
+    bad = (got.double() - want.double()).abs() > max(allowed, 1e-15) * size
+    bad |= mask_difference(got, want)
     worst = compare(got, want, dtype=outputs[0].dtype)
     notes = [f"relative rms {worst.relative_rms:.3g}"]
     notes += ["on the reference's own input"] if replayed else []
@@ -96,10 +98,13 @@ def _judge_point(
     )
 
 
-def _infer(outputs: Sequence[torch.Tensor], want: torch.Tensor) -> list[Placement] | None:
+def _infer(
+    outputs: Sequence[torch.Tensor], want: torch.Tensor, allowed: float
+) -> list[Placement] | None:
     size = len(outputs)
     if all(output.shape == want.shape for output in outputs):
-        same = all(torch.equal(output, outputs[0]) for output in outputs)
+        right = all(_relative(output, want) <= allowed for output in outputs)
+        same = right or all(torch.equal(output, outputs[0]) for output in outputs)
         return [Replicate() if same else Partial()] * size
     if any(output.ndim != want.ndim for output in outputs):
         return None

@@ -63,23 +63,22 @@ def make_run_plan(
             _require_whole(name, value, at_least=1)
     _require_whole("seed", seed, at_least=0)
     longest = subject.options.seq_len
-    if seq_len is not None and longest and seq_len > longest and subject.options.spec is None:
+    one = None if case is None else Case.parse(case)
+    asked_len = seq_len if one is None else one.seq_len
+    if asked_len is not None and asked_len > longest > 0 and subject.options.spec is None:
         raise TPCheckError(
-            f"seq_len={seq_len}, but should be at most {longest}, the longest {subject.name} takes"
+            f"seq_len={asked_len}, but should be at most {longest},"
+            f" the longest {subject.name} takes"
         )
     degrees = _degrees(subject, tp_sizes, backend, ranks_per_gpu)
     first = Case(seed, batch or DEFAULT_BATCH, seq_len or longest)
-    chosen = (
-        (Case.parse(case),)
-        if case is not None
-        else tuple(replace(first, seed=seed + offset) for offset in range(cases))
-    )
+    several = tuple(replace(first, seed=seed + offset) for offset in range(cases))
     return RunPlan(
         ref=ref,
         subject=subject,
         tp_sizes=degrees,
         dtypes=tuple(dict.fromkeys(dtypes)),
-        cases=chosen,
+        cases=several if one is None else (one,),
         settings=replace(settings, tp_sizes=degrees),
         backend=backend,
         ranks_per_gpu=ranks_per_gpu,
@@ -131,13 +130,20 @@ def _require_whole(name: str, value: object, *, at_least: int) -> None:
 
 def repro_line(plan: RunPlan, case: Case, tp_size: int, dtype: str) -> str:
     if plan.ref.kind == "pickled":
-        return (
-            f"tpcheck.run({plan.ref.label.split(':')[-1].split('.')[-1]}, ({tp_size},),"
-            f" dtypes=({dtype!r},), case={case.id!r})"
-        )
+        return _python_repro(plan, case, tp_size, dtype)
     words = ["tpcheck", "run", plan.ref.label, "--tp", str(tp_size), "--dtype", dtype]
     words += ["--seed", str(case.seed), "--case", case.id, *plan.options]
     return shlex.join(words)
+
+
+def _python_repro(plan: RunPlan, case: Case, tp_size: int, dtype: str) -> str:
+    name = plan.ref.label.rpartition(":")[2].rpartition(".")[2]
+    arguments = [name if name.isidentifier() else "build", f"({tp_size},)"]
+    arguments += [f"dtypes=({dtype!r},)", f"case={case.id!r}"]
+    for option, value in zip(plan.options[::2], plan.options[1::2], strict=True):
+        text = value if option in ("--atol", "--rtol") else repr(value)
+        arguments.append(f"{option.removeprefix('--')}={text}")
+    return f"tpcheck.run({', '.join(arguments)})"
 
 
 def repro_options(

@@ -52,7 +52,7 @@ def test_structural_fails_the_smallest_bug_ever_planted():
 
 
 def test_structural_takes_the_measured_floor_with_its_tier_and_source():
-    floor = NoiseFloor(1e-7, "float32", "half an ulp of float32 at norm")
+    floor = NoiseFloor(relative_rms=1e-7, tier="float32", source="half an ulp of float32")
     check = structural(evidence(exact=values(4, 64) * (1 + 5e-7), floor=floor))
     assert check.outcome == "PASS"
     assert (check.facts["dtype"], check.facts["source"]) == ("float32", floor.source)

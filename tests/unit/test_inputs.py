@@ -34,7 +34,7 @@ def test_lengths_around_every_degree_are_swept_as_far_as_they_fit(seq_len, tp_si
 
 def test_token_ids_are_below_the_vocabulary_and_made_for_every_length():
     made = make_inputs(subject(), CASE, (4,))
-    assert list(made) == ["t1", "t3", "t4", "t5", "A", "B"]
+    assert set(made) == {"t1", "t3", "t4", "t5", "A", "B"}
     for name, (ids,) in made.items():
         assert ids.dtype == torch.int64
         assert ids.shape == (2, int(name[1:]) if name.startswith("t") else 16)
@@ -72,11 +72,20 @@ def test_sweep_false_pins_the_length():
     assert list(make_inputs(subject(sweep=False), CASE, (4,))) == ["A", "B"]
 
 
-def test_the_order_ends_with_a_b_a_and_keeps_only_one_degrees_lengths():
+def test_long_comes_before_short_then_a_b_a_and_only_one_degrees_lengths():
     made = make_inputs(subject(), CASE, (2, 8))
-    assert input_order(made) == ("t1", "t2", "t3", "t7", "t8", "t9", "A", "B", "A")
-    assert input_order(made, 8) == ("t1", "t7", "t8", "t9", "A", "B", "A")
-    assert input_order(made, 2) == ("t1", "t2", "t3", "A", "B", "A")
+    assert input_order(made) == ("t9", "t8", "t7", "t3", "t2", "t1", "A", "B", "A")
+    assert input_order(made, 8) == ("t9", "t8", "t7", "t1", "A", "B", "A")
+    assert input_order(made, 2) == ("t3", "t2", "t1", "A", "B", "A")
+
+
+@pytest.mark.parametrize("vocab", [64, 99, 131])
+def test_tokens_are_all_different_and_stand_at_the_edges_of_shards(vocab):
+    ids = token_ids(torch.Generator().manual_seed(0), vocab, 2, 16)
+    assert len(set(ids.flatten().tolist())) == 32
+    rows = -(-vocab // 4)
+    edges = {0, vocab - 1, rows - 1, rows, 2 * rows - 1, 2 * rows, 3 * rows - 1, 3 * rows}
+    assert len(edges & set(ids.flatten().tolist())) >= 4
 
 
 def fixed(generator):

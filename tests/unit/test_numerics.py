@@ -79,9 +79,7 @@ def test_the_law_is_at_most_seven_percent_below_what_was_measured(tp_size, kind,
 @pytest.mark.parametrize("tp_size", [4, 8])
 def test_the_law_holds_for_emulated_reductions(tp_size, kind):
     generator = torch.Generator().manual_seed(0)
-    terms = [
-        torch.randn(40_000, generator=generator, dtype=torch.float64) for _ in range(tp_size)
-    ]
+    terms = [torch.randn(40_000, generator=generator, dtype=torch.float64) for _ in range(tp_size)]
     y = sum(terms)
     at_1 = float((y.bfloat16().double() - y).square().mean().sqrt())
     # fp32 on the wire means the partials never were in bfloat16.

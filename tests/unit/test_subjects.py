@@ -89,7 +89,7 @@ def test_options_are_kept_and_defaults_are_those_of_the_contract():
         ),
         (
             {"vocab_size": 8, "logits": "rank1"},
-            "subject: logits='rank1', but should be \"all\" or \"rank0\"",
+            'subject: logits=\'rank1\', but should be "all" or "rank0"',
         ),
         ({"inputs": 7}, "subject: inputs=7, but should be fn(generator, ...)"),
     ],
@@ -99,9 +99,7 @@ def test_options_out_of_range_are_named(options, message):
 
 
 def test_only_a_callable_can_be_decorated():
-    assert error_of(subject(vocab_size=8), 7) == (
-        "subject: 7 is not callable; decorate build(tp)"
-    )
+    assert error_of(subject(vocab_size=8), 7) == ("subject: 7 is not callable; decorate build(tp)")
 
 
 def test_a_spec_gives_vocabulary_and_length():
@@ -193,7 +191,9 @@ def test_what_is_missing_is_named(file):
         " (run where it can be imported, or give path/file.py:attr)"
     )
     assert "has no attribute 'nope'" in error_of(resolve, make_ref(f"{file}:nope"))
-    assert error_of(resolve, make_ref(f"{file}:plain")) == f"{file}:plain: plain is int, not callable"
+    assert (
+        error_of(resolve, make_ref(f"{file}:plain")) == f"{file}:plain: plain is int, not callable"
+    )
     assert "not a subject, but should be decorated" in error_of(
         resolve, make_ref(f"{file}:undecorated")
     )
@@ -290,7 +290,9 @@ def test_a_closure_runs_on_ranks_and_its_repro_is_python():
     report = tpcheck.run(doubles, (2, 4), backend="sim")
     clean, wrong = report.verdicts if len(report.verdicts) == 2 else (None, None)
     assert (clean.outcome, wrong.outcome) == ("PASS", "WRONG")
-    assert wrong.repro.startswith("tpcheck.run(doubles, (4,), dtypes=('bfloat16',), case='s0-b2-t4'")
+    assert wrong.repro.startswith(
+        "tpcheck.run(doubles, (4,), dtypes=('bfloat16',), case='s0-b2-t4'"
+    )
 
 
 # Specs.
@@ -315,8 +317,11 @@ def test_a_strategy_of_something_else_is_named():
         draw_spec(st.integers(), 0)
 
 
-@subject(specs=st.sampled_from([3, 6]).map(lambda n: SPEC | {"num_attention_heads": n,
-                                                            "hidden_size": 8 * n}))
+@subject(
+    specs=st.sampled_from([3, 6]).map(
+        lambda n: SPEC | {"num_attention_heads": n, "hidden_size": 8 * n}
+    )
+)
 def refuses(tp, spec):
     if spec.num_attention_heads % tp.size:
         raise IllegalDegreeError(f"num_attention_heads={spec.num_attention_heads}")

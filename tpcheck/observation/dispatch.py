@@ -23,7 +23,7 @@ from tpcheck.trace import NarrowCast
 
 _CHOICES = {"aten::topk", "aten::argmax", "aten::max.dim"}
 _DISTRIBUTED = ("c10d", "_c10d_functional")
-_BOOKKEEPING = {"wait_tensor", "monitored_barrier"}
+_BOOKKEEPING = {"wait_tensor", "wrap_tensor_autograd", "monitored_barrier"}
 _OP_NAMES = {
     "allreduce": "all_reduce",
     "allgather": "all_gather",
@@ -54,18 +54,29 @@ class Choice:
     """One top-k (or argmax) of a forward: the chosen indices and how narrow the choice was.
 
     `margin` is the smallest gap between the last chosen and the first rejected value, over all
-    rows, in units of the row's largest magnitude. `among`: how many candidates there were.
+    rows, in units of the row's largest magnitude. `among`: how many candidates there were. `dim`:
+    along which several were chosen, None for a single one.
     """
 
-    __slots__ = ("among", "indices", "margin")
+    __slots__ = ("among", "dim", "indices", "margin")
 
-    def __init__(self, indices: torch.Tensor, margin: float, among: int) -> None:
+    def __init__(
+        self, indices: torch.Tensor, margin: float, among: int, dim: int | None = None
+    ) -> None:
         self.indices = indices
         self.margin = margin
         self.among = among
+        self.dim = dim
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Choice, (self.indices, self.margin, self.among))
+        return (Choice, (self.indices, self.margin, self.among, self.dim))
+
+    def flips(self, other: Choice) -> int:
+        """Return how many rows chose otherwise than `other` did, in whatever order."""
+        if self.dim is None:
+            return int((self.indices != other.indices).sum())
+        mine, theirs = self.indices.sort(self.dim)[0], other.indices.sort(self.dim)[0]
+        return int((mine != theirs).any(self.dim).sum())
 
     def comparable(self, other: Choice) -> bool:
         """Whether both chose as many among as many: a maximum over a sharded dim is another one."""
@@ -173,7 +184,8 @@ class Watch(TorchDispatchMode):
         position = len(self.choices)
         smallest = name == "aten::topk" and not _largest(args, kwargs)
         margin = _margin(-values if smallest else values, indices, dim, keepdim)
-        choice = Choice(indices.clone(), margin, values.shape[dim])
+        several = dim if name == "aten::topk" else None
+        choice = Choice(indices.clone(), margin, values.shape[dim], several)
         self.choices.append(choice)
         if self._pinned is None:
             return result

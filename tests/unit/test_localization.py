@@ -1,0 +1,255 @@
+"""The first module that leaves its reference, the rank to blame, and what is wrong with it."""
+
+import math
+
+import pytest
+import torch
+
+import tpcheck
+from tests.judging import values
+from tpcheck.localization import locate
+from tpcheck.observation.modules import PointRecord
+from tpcheck.placement import Partial, Replicate, Shard, Slices
+from tpcheck.trace import Collective, Trace
+
+torch.set_num_threads(1)
+SUM = Collective(0, "all_reduce", (4, 8), "float64", "sum")
+WANT = values(4, 8)
+
+
+def record(output, finished=0, **fields):
+    return PointRecord(input=None, output=output, finished=finished, **fields)
+
+
+def traced(*points, replayed=None):
+    """One Trace per dict of points, rank by rank."""
+    replayed = replayed or [{}] * len(points)
+    return [
+        Trace(rank, {}, {}, {}, extras={"points": held, "replayed": again})
+        for rank, (held, again) in enumerate(zip(points, replayed, strict=True))
+    ]
+
+
+def found(want, outputs, placement=None, partials=None, **options):
+    """Locate in one module `m`, given each rank's output."""
+    partials = partials or [[]] * len(outputs)
+    held = [
+        {"m": record(out, out_placement=placement, partials=own)}
+        for out, own in zip(outputs, partials, strict=True)
+    ]
+    (reference,) = traced({"m": record(want)})
+    return locate(reference, traced(*held), **({"limit": 1e-12} | options))
+
+
+def changed(x, index, value=7.0):
+    x = x.clone()
+    x[index] = value
+    return x
+
+
+def test_modules_that_agree_are_not_blamed():
+    assert found(WANT, [WANT, WANT]) is None
+    assert found(WANT, [WANT * (1 + 1e-14), WANT]) is None
+
+
+def test_the_first_module_to_return_is_blamed_before_the_one_around_it_and_after_it():
+    order = {"block": 2, "block.up": 0, "block.down": 1, "head": 3}
+    (reference,) = traced({fqn: record(WANT, at) for fqn, at in order.items()})
+    wrong = {fqn: record(WANT * (1 if fqn == "block.up" else 2), at) for fqn, at in order.items()}
+    first = locate(reference, traced(wrong, wrong), limit=1e-12)
+    assert first.fqn == "block.down"
+
+
+def test_a_replay_on_the_references_input_clears_what_only_passes_an_error_on():
+    (reference,) = traced({"a": record(WANT, 0), "b": record(WANT, 1)})
+    bad = {"a": record(WANT, 0), "b": record(WANT * 2, 1)}
+    again = {"a": record(WANT, 0), "b": record(WANT, 1)}
+    assert locate(reference, traced(bad, bad), limit=1e-12).fqn == "b"
+    assert locate(reference, traced(bad, bad, replayed=[again, again]), limit=1e-12) is None
+
+
+@pytest.mark.parametrize(
+    ("outputs", "placement", "rank", "index"),
+    [
+        ([WANT, changed(WANT, (2, 3))], Replicate(), 1, "[2, 3]"),
+        ([changed(WANT, (2, 3)), WANT], Replicate(), 0, "[2, 3]"),
+        ([changed(WANT, (2, 3))] * 2, Replicate(), None, "[2, 3]"),
+        ([WANT[:, :4], WANT[:, 4:] * 2], Shard(1), 1, "[0:4, 4:8]"),
+        ([WANT[:3], changed(WANT[3:], (0, 5))], Shard(0), 1, "[3, 5]"),
+        ([WANT[:, :4] * 2, WANT[:, 4:] * 2], Shard(1), None, "[0:4, 0:8]"),
+        ([WANT / 2, WANT / 2 + 1], Partial(), None, "[0:4, 0:8]"),
+        ([WANT, WANT * 3], Partial(), 1, "[0:4, 0:8]"),
+    ],
+)
+def test_the_rank_and_the_place_are_named(outputs, placement, rank, index):
+    first = found(WANT, outputs, placement)
+    assert (first.fqn, first.rank, first.index) == ("m", rank, index)
+    assert first.ulp > 0
+    assert "relative rms" in first.detail
+
+
+def test_partials_that_sum_up_are_right():
+    assert found(WANT, [WANT / 4, WANT * 3 / 4], Partial()) is None
+
+
+def test_slices_are_put_together():
+    first_half = Slices([(slice(0, 2), slice(0, 2))])
+    (reference,) = traced({"m": record(WANT)})
+    second_half = Slices([(slice(1, 3), slice(2, 4))])
+    padded = torch.cat([torch.full((1, 8), math.nan).double(), WANT[2:]])
+    held = [
+        {"m": record(WANT[:2], out_placement=first_half)},
+        {"m": record(padded, out_placement=second_half)},
+    ]
+    assert locate(reference, traced(*held), limit=1e-12) is None
+    held[1]["m"].output[2, 5] = 9
+    assert locate(reference, traced(*held), limit=1e-12).index == "[3, 5]"
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        ([WANT * 2, WANT * 2], "Replicate()"),
+        ([WANT[:1], WANT[1:] * 2], "Shard(dim=0)"),
+        ([WANT[:, :2], WANT[:, 2:] * 2], "Shard(dim=1)"),
+        ([WANT / 2, WANT], "Partial(op='sum')"),
+    ],
+)
+def test_an_undeclared_placement_is_guessed_and_the_guess_is_told(outputs, said):
+    assert f"read as {said}" in found(WANT, outputs).detail
+
+
+def test_undeclared_partials_and_shards_that_are_right_pass():
+    assert found(WANT, [WANT / 4, WANT * 3 / 4]) is None
+    assert found(WANT, [WANT[:1], WANT[1:]]) is None
+
+
+def test_an_output_that_fits_nothing_is_passed_over():
+    assert found(WANT, [WANT[:1], WANT[:1]]) is None
+    assert found(WANT, [WANT[0], WANT[0]]) is None
+
+
+def test_a_module_that_is_not_traced_on_every_rank_is_passed_over():
+    (reference,) = traced({"m": record(WANT)})
+    assert locate(reference, traced({"m": record(WANT * 2)}, {}), limit=1e-12) is None
+
+
+def test_another_shape_is_named():
+    first = found(WANT, [torch.cat([WANT, WANT])] * 2, Replicate())
+    assert first.detail == "shape=[8, 8], but should be [4, 8] as at TP=1"
+
+
+def test_nan_is_found_with_its_place():
+    first = found(WANT, [changed(WANT, (1, 2), math.nan)] * 2, Replicate())
+    assert first.index == "[1, 2]"
+
+
+def test_in_the_deployed_dtype_a_module_may_be_off_as_far_as_tp1_explains():
+    (reference,) = traced({"m": record(WANT)})
+    (base,) = traced({"m": record(WANT * (1 + 2**-9))})
+    deployed = traced({"m": record(WANT * (1 + 2**-8))}, {"m": record(WANT * (1 + 2**-8))})
+    options = {"limit": 2**-20, "base": base}
+    assert locate(reference, deployed, **options, ratio_limit=3.0) is None
+    assert locate(reference, deployed, **options, ratio_limit=1.5).fqn == "m"
+
+
+# Attribution at a row-parallel layer.
+
+TERMS = [values(4, 8, seed=seed) for seed in (1, 2, 3)]
+TOTAL = sum(TERMS)
+
+
+def reduced(operands, result):
+    return found(TOTAL, [result] * 3, Replicate(), [[(SUM, x, result)] for x in operands])
+
+
+def test_a_scaled_partial_is_named_with_rank_and_factor():
+    operands = [TERMS[0], TERMS[1], TERMS[2] * (1 + 2**-7)]
+    first = reduced(operands, sum(operands))
+    assert first.rank == 2
+    assert "rank 2's partial is off by a factor of 1.00781" in first.detail
+
+
+def test_a_reduction_that_drops_a_rank_is_named():
+    first = reduced(TERMS, TERMS[0] + TERMS[2])
+    assert first.rank == 1
+    assert "the reduction counted rank 1's partial" in first.detail
+
+
+def test_a_reduction_that_counts_a_rank_twice_is_named():
+    first = reduced(TERMS, TOTAL + TERMS[0])
+    assert first.rank == 0
+    assert "the reduction counted rank 0's partial 2 times" in first.detail
+
+
+def test_a_reduction_that_is_no_sum_is_named():
+    first = reduced(TERMS, torch.stack(TERMS).amax(0))
+    assert first.rank is None
+    assert "the reduction did not return the sum of the partials" in first.detail
+
+
+def test_a_missing_reduction_is_named():
+    first = found(TOTAL, TERMS, Replicate())
+    assert "the ranks' outputs are partial sums: a reduction is missing" in first.detail
+
+
+def test_a_bias_on_every_rank_is_told_from_a_factor():
+    bias = values(8, seed=9)
+    operands = [x + bias for x in TERMS]
+    assert "the same vector at every token" in reduced(operands, sum(operands)).detail
+
+
+def test_regression_in_bfloat16_names_the_rank_that_a_ratio_cannot_see():
+    generator = torch.Generator().manual_seed(0)
+    terms = [torch.randn(64, 64, generator=generator).double() for _ in range(4)]
+    want = sum(terms)
+
+    def first(scale):
+        operands = [x.bfloat16() for x in terms]
+        operands[2] = (terms[2] * scale).bfloat16()
+        result = sum(x.double() for x in operands).bfloat16()
+        held = [
+            {"m": record(result, out_placement=Replicate(), partials=[(SUM, x, result)])}
+            for x in operands
+        ]
+        (reference,) = traced({"m": record(want)})
+        (base,) = traced({"m": record(want.bfloat16())})
+        return locate(reference, traced(*held), limit=1e-9, base=base, ratio_limit=0.5)
+
+    assert first(1 + 2**-7).rank == 2
+    assert "rank 2's partial counts 1.00" in first(1 + 2**-7).detail
+    assert first(1.0).rank is None
+
+
+# The whole way.
+
+
+@pytest.mark.parametrize(
+    ("fault", "fqn", "rank"),
+    [
+        ("missing_all_reduce", "layers.0.mlp.down_proj", None),
+        ("scaled_rank", "layers.0.self_attn.o_proj", 3),
+        ("shard_of_rank_0", "layers.0.mlp.gate_proj", 1),
+        ("tied_head_of_rank_0", "lm_head", None),
+        ("residual_before_reduce", "layers.0.mlp.down_proj", None),
+    ],
+)
+def test_a_planted_fault_is_found_where_it_was_planted(fault, fqn, rank):
+    report = tpcheck.run(f"builtin:llama-tiny+{fault}", (4,), backend="sim", confirm=False)
+    (verdict,) = report.verdicts
+    assert verdict.first_divergence.fqn == fqn
+    if rank is not None:
+        assert verdict.first_divergence.rank == rank
+
+
+def test_until_stops_the_search_and_is_checked():
+    found = tpcheck.run(
+        "builtin:llama-tiny+average_for_sum",
+        (2,),
+        backend="sim",
+        confirm=False,
+        until="layers.0.mlp.down_proj",
+    )
+    assert found.verdicts[0].first_divergence is None
+    with pytest.raises(tpcheck.TPCheckError, match="until='nope' is not a traced module"):
+        tpcheck.run("builtin:llama-tiny", (2,), backend="sim", until="nope")
