@@ -103,6 +103,7 @@ def drift(evidence: Evidence) -> Check:
         return Check(SKIPPED, f"the output is {pairs[0][0].dtype}: it does not round", facts)
     overflow = _overflow(evidence)
     error, magnitude, count = pooled_rms(pairs)
+    facts |= {"overflow": True} if overflow else {}
     if count == 0 and overflow:
         return Check(FAIL, overflow, facts)
     if count == 0:
@@ -154,11 +155,14 @@ def allclose(evidence: Evidence) -> Check:
     }
     try:
         own = _compare_all(evidence.base, evidence.oracle or evidence.base, rtol=tolerance.rtol)
-        facts["tp1_error"] = max((c.required_atol for c in own.values()), default=0.0)
+        facts["tp1_error"] = max((c.worst_error for c in own.values()), default=0.0)
+        facts["tp1_required_atol"] = max((c.required_atol for c in own.values()), default=0.0)
         compared = _compare_all(*compared_traces, rtol=tolerance.rtol, atol=tolerance.atol)
     except SubjectError as error:
         return Check(FAIL, str(error), facts)
-    where, worst = max(compared.items(), key=lambda item: item[1].required_atol)
+    where, worst = max(
+        compared.items(), key=lambda item: (item[1].mask_mismatches, item[1].required_atol)
+    )
     masks = sum(c.mask_mismatches for c in compared.values())
     facts["required_atol"] = None if masks else worst.required_atol
     if worst.required_atol <= tolerance.atol and not masks:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from tpcheck.comparison import pooled_rms, relative
+from tpcheck.comparison import pooled_rms, relative, sliced_relative_rms
 from tpcheck.execution import AGAIN
 from tpcheck.numerics.tolerance import Tolerance
 from tpcheck.numerics.ulp import eps
@@ -73,12 +73,15 @@ def output_response(moved: Trace, still: Trace) -> float:
     return max(responses)
 
 
-def noise_floor(casts: Sequence[NarrowCast], response: float) -> NoiseFloor:
-    """Return the floor that narrow operations set, given how far half an ulp there moved it."""
+def noise_floor(casts: Sequence[NarrowCast], moved: Sequence[tuple[Trace, Trace]]) -> NoiseFloor:
+    """Return the floor that narrow operations set, given (moved by half an ulp there, still)."""
+    response = max(output_response(*pair) for pair in moved)
+    at_a = [sliced_relative_rms(a.outputs["A"], b.outputs["A"]) for a, b in moved]
     narrowest = max(casts, key=lambda cast: eps(cast.target))
     where = f" in {narrowest.fqn}" if narrowest.fqn else ""
     return NoiseFloor(
         relative_rms=response,
+        sliced={"A": (max(c for c, _ in at_a), max(t for _, t in at_a))},
         tier=narrowest.target,
         source=f"half an ulp at the subject's own {narrowest.target} operations{where}"
         f" moves the output by {response:.2g}",

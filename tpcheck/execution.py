@@ -176,7 +176,11 @@ class _Runner:
             generator = torch.Generator().manual_seed(task.perturb_seed * 1009 + self._group.rank)
         pinned = task.pinned.get(input_id)
         watch = Watch(
-            self._group.recorder, wanted=self._group.dtype, perturb=generator, pinned=pinned
+            self._group.recorder,
+            wanted=self._group.dtype,
+            perturb=generator,
+            pinned=pinned,
+            rank=self._group.rank,
         )
         with fqn_hooks(self._forward, self._group), watch:
             yield

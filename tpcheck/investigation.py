@@ -16,12 +16,12 @@ from functools import cached_property
 from typing import Any
 
 from tpcheck.checks import drift, run_checks, structural
+from tpcheck.comparison import relative
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import (
     Evidence,
     distance,
     noise_floor,
-    output_response,
     routing_flips,
 )
 from tpcheck.execution import Task
@@ -231,20 +231,18 @@ class Investigation:
         casts = [*oracle.casts, *(cast for trace in evidence.exact for cast in trace.casts)]
         if not casts:
             return evidence
+        moved = []
         if oracle.casts:
-            evidence = replace(evidence, floor=noise_floor(casts, self._noise_alone))
+            moved.append((self._noisy_alone, oracle))
+            evidence = replace(evidence, floor=noise_floor(casts, moved))
             if structural(evidence).outcome != FAIL:
                 return evidence
-        moved = self._run(self._noisy_task, evidence.tp_size)[0]
-        response = output_response(moved, evidence.exact[0])
-        return replace(
-            evidence, floor=noise_floor(casts, max(response, evidence.floor.relative_rms))
-        )
+        moved.append((self._run(self._noisy_task, evidence.tp_size)[0], evidence.exact[0]))
+        return replace(evidence, floor=noise_floor(casts, moved))
 
     @cached_property
-    def _noise_alone(self) -> float:
-        assert self._oracle is not None
-        return output_response(self._run(self._noisy_task, 1)[0], self._oracle)
+    def _noisy_alone(self) -> Trace:
+        return self._run(self._noisy_task, 1)[0]
 
     @property
     def _noisy_task(self) -> Task:
@@ -274,9 +272,14 @@ class Investigation:
         ratio, limit = check.facts.get("ratio"), check.facts.get("limit")
         if check.outcome != FAIL or ratio is None or ratio <= limit or not evidence.exact:
             return evidence
-        casts = [cast for trace in evidence.exact for cast in trace.casts]
-        if any(eps(cast.target) > eps(self._dtype) for cast in casts):
-            return evidence  # what rounds coarser than the deployed dtype explains nothing
+        coarse = {
+            cast.target
+            for trace in evidence.exact
+            for cast in trace.casts
+            if eps(cast.target) > eps(self._dtype)
+        }
+        if coarse:
+            return self._with_coarse_base(evidence, coarse)
         order = tuple(dict.fromkeys(input_order(self._inputs, evidence.tp_size)))
         task = replace(
             self._exact_task(order),
@@ -299,6 +302,19 @@ class Investigation:
             return evidence
         source = "the rounding of this case's own partials, injected into float64"
         return replace(evidence, expected=expected, expected_source=source)
+
+    def _with_coarse_base(self, evidence: Evidence, coarse: set[str]) -> Evidence:
+        """Where TP=1 rounds coarser than the deployed dtype itself, that is its own error.
+
+        The oracle makes the same cast, so both agree and e1 would be 0. What only TP=N rounds
+        coarser explains nothing.
+        """
+        oracle = evidence.oracle
+        if oracle is None or not coarse <= {cast.target for cast in oracle.casts}:
+            return evidence
+        error, magnitude, _ = distance(evidence.base, oracle)
+        moved, size, _ = distance(self._noisy_alone, oracle)
+        return replace(evidence, base_error=max(error, relative(moved, size) * magnitude))
 
     def _planned_ratio(self, tp_size: int) -> float:
         ratio = expected_ratio(tp_size, self._settings.reduction)

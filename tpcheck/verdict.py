@@ -120,13 +120,15 @@ def _drift_headline(checks: Mapping[str, Check], failed: list[str]) -> str:
     """Say first what DRIFT means: the same function, and how the user's number relates to it."""
     proven = checks["structural"].outcome == PASS
     lead = "same function" if proven else "no structural difference was seen"
+    if "drift" in failed and checks["drift"].facts.get("overflow"):
+        return f"{lead}; overflows in the deployed dtype"
     if "allclose" not in failed:
         return f"{lead}; rounded more than this reduction explains"
     facts = checks["allclose"].facts
-    floor = facts.get("tp1_error", 0.0)
+    floor, needed = facts.get("tp1_error", 0.0), facts.get("tp1_required_atol", 0.0)
     atol, rtol = scientific(facts["atol"]), scientific(facts["rtol"])
     numbers = atol if atol == rtol else f"atol={atol}, rtol={rtol}"
-    below = "is below this dtype's floor" if facts["atol"] <= floor else "is exceeded"
+    below = "is below this dtype's floor" if facts["atol"] < needed else "is exceeded"
     required = facts.get("required_atol")
     smallest = "none" if required is None else f"atol={scientific(required, up=True)}"
     return (

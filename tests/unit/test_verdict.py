@@ -23,6 +23,7 @@ OUTCOME_OF = {
     "plan": "ILLEGAL",
 }
 NUMBERS = {"atol": 1e-2, "rtol": 1e-2, "tp1_error": 0.03125, "required_atol": 0.0612}
+OVERFLOW = Check("FAIL", "inf", {"overflow": True})
 
 
 def checks(*failing, skipped=(), decides=True):
@@ -111,6 +112,11 @@ def test_the_first_line_of_drift_does_not_claim_what_was_not_proven():
     assert verdict("drift").reasons[0].startswith("same function; ")
     unproven = verdict("drift", skipped=("structural",))
     assert unproven.reasons[0].startswith("no structural difference was seen; ")
+
+
+def test_the_first_line_of_an_overflow_says_overflow():
+    found = judge(CASE, 2, "float16", checks() | {"drift": OVERFLOW}, repro="")
+    assert found.reasons == ("same function; overflows in the deployed dtype", "drift: inf")
 
 
 def test_outcomes_are_ordered_worst_first():

@@ -82,6 +82,30 @@ class Choice:
         """Whether both chose as many among as many: a maximum over a sharded dim is another one."""
         return self.indices.shape == other.indices.shape and self.among == other.among
 
+    def imposed(self, reference: Choice, rank: int) -> torch.Tensor | None:
+        """Return `reference`'s indices in the place of this choice's, or None if it is another.
+
+        A rank that routes its own tokens only takes its piece of one dim; the pads after the last
+        token keep their own choice. A piece that most rows contradict is laid out otherwise.
+        """
+        if self.comparable(reference):
+            return reference.indices.to(self.indices.device)
+        mine, whole = self.indices, reference.indices
+        if self.among != reference.among or mine.ndim != whole.ndim:
+            return None
+        dims = [dim for dim in range(mine.ndim) if mine.shape[dim] != whole.shape[dim]]
+        if len(dims) != 1 or dims[0] == self.dim or mine.shape[dims[0]] > whole.shape[dims[0]]:
+            return None
+        dim, total = dims[0], whole.shape[dims[0]]
+        start = min(rank * mine.shape[dim], total)
+        piece = whole.narrow(dim, start, min(mine.shape[dim], total - start)).to(mine.device)
+        imposed = mine.clone()
+        own = imposed.narrow(dim, 0, piece.shape[dim])
+        if own.numel() and float((own == piece).double().mean()) < 0.5:
+            return None
+        own.copy_(piece)
+        return imposed
+
 
 class Watch(TorchDispatchMode):
     """See, and where asked change, what a forward does.
@@ -92,6 +116,7 @@ class Watch(TorchDispatchMode):
             one counts as a cast, because code may hold its weights in float32 from the start.
         perturb: a generator; narrowing results are moved by up to half an ulp with it.
         pinned: choices of a reference forward, in order; top-k returns these indices instead.
+        rank: whose piece of them, where this rank chooses for its own tokens only.
     """
 
     def __init__(
@@ -101,6 +126,7 @@ class Watch(TorchDispatchMode):
         wanted: torch.dtype | None = None,
         perturb: torch.Generator | None = None,
         pinned: Sequence[Choice] | None = None,
+        rank: int = 0,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.choices: list[Choice] = []
@@ -109,6 +135,7 @@ class Watch(TorchDispatchMode):
         self._wanted = wanted
         self._perturb = perturb
         self._pinned = pinned
+        self._rank = rank
         self._casts: dict[tuple[str, str, str], int] = {}
         self._open = False
         self._logged = False
@@ -189,10 +216,12 @@ class Watch(TorchDispatchMode):
         self.choices.append(choice)
         if self._pinned is None:
             return result
-        if position >= len(self._pinned) or not self._pinned[position].comparable(choice):
+        pinned = None
+        if position < len(self._pinned):
+            pinned = choice.imposed(self._pinned[position], self._rank)
+        if pinned is None:
             self.unpinned += 1
             return result
-        pinned = self._pinned[position].indices.to(indices.device)
         if name == "aten::argmax":
             return pinned.clone()
         at = pinned if keepdim else pinned.unsqueeze(dim)
