@@ -1,0 +1,373 @@
+"""Subjects that once got a wrong verdict, and uses that once ended in a traceback.
+
+Each test is the smallest form of one finding. Simulated ranks, because none of them depends on what
+carries the bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tpcheck
+from tpcheck.inputs import make_inputs, token_ids
+from tpcheck.records import Verdict
+from tpcheck.spec import Case
+from tpcheck.subjects import make_ref, resolve
+
+VOCAB, HIDDEN, FFN = 96, 32, 64
+subject = tpcheck.subject(vocab_size=VOCAB, seq_len=11)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def verdicts(build, tp_sizes=(2, 4), dtypes=("bfloat16",), **options) -> list[Verdict]:
+    report = tpcheck.run(build, tp_sizes, dtypes=dtypes, backend="sim", confirm=False, **options)
+    assert len(report.verdicts) > 0
+    return list(report.verdicts)
+
+
+def outcomes(build, *args, **options) -> set[str]:
+    return {verdict.outcome for verdict in verdicts(build, *args, **options)}
+
+
+class Weights:
+    def __init__(self, tp):
+        self.tp = tp
+        self.embed = tp.weight("embed", VOCAB, HIDDEN, std=1.0)
+        self.up = tp.weight("up", FFN, HIDDEN).chunk(tp.size)[tp.rank]
+        self.down = tp.weight("down", HIDDEN, FFN).chunk(tp.size, 1)[tp.rank]
+        self.full_head = tp.weight("head", VOCAB, HIDDEN)
+        self.head = self.full_head.chunk(tp.size)[tp.rank]
+
+    def partial(self, x):
+        return F.silu(x @ self.up.T) @ self.down.T
+
+    def hidden(self, ids):
+        x = self.embed[ids]
+        return x + self.tp.all_reduce(self.partial(x))
+
+
+def norm(x):
+    y = x.float()
+    return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+# Clean code that was an ERROR, a crash or DRIFT.
+
+
+def test_a_maximum_over_a_sharded_vocabulary_is_not_pinned_to_the_whole_ones():
+    def build(tp):
+        w = Weights(tp)
+
+        def forward(ids):
+            logits = (w.hidden(ids) @ w.head.T).float()
+            top = tp.all_reduce(logits.max(-1, keepdim=True).values, op="max")
+            total = tp.all_reduce((logits - top).exp().sum(-1, keepdim=True))
+            return tp.all_gather(logits - top - total.log(), -1)
+
+        return forward
+
+    assert outcomes(subject(build), dtypes=("bfloat16", "float32")) == {"PASS"}
+
+
+def tokens(tp, off_by=0):
+    w = Weights(tp)
+
+    def forward(ids):
+        value, index = (w.hidden(ids) @ w.head.T).max(-1)
+        index = index + tp.rank * w.head.shape[0]
+        values, indices = (tp.all_gather(x.unsqueeze(-1), -1) for x in (value, index))
+        chosen = indices.gather(-1, values.argmax(-1, keepdim=True)).squeeze(-1)
+        chosen[1, -1] = (chosen[1, -1] + off_by * (tp.size > 1)) % VOCAB
+        return chosen
+
+    return forward
+
+
+def test_integer_outputs_are_judged_by_structure_and_never_by_drift():
+    for verdict in verdicts(subject(lambda tp: tokens(tp))):
+        assert verdict.outcome == "PASS"
+        assert verdict.checks["drift"].outcome == "SKIPPED"
+        assert "int64" in verdict.checks["drift"].reason
+    assert outcomes(subject(lambda tp: tokens(tp, off_by=1))) == {"WRONG"}
+
+
+def test_tokens_routed_by_the_rank_that_holds_them_are_pinned_piece_by_piece():
+    def build(tp):
+        w = Weights(tp)
+        router = tp.weight("router", 4, HIDDEN)
+
+        def forward(ids):
+            x = w.embed[ids]
+            length = x.shape[1]
+            x = F.pad(x, (0, 0, 0, -length % tp.size)).chunk(tp.size, 1)[tp.rank]
+            for _ in range(4):
+                h = norm(x)
+                p, chosen = (h @ router.T).float().softmax(-1).topk(1, -1)
+                h, p, chosen = (tp.all_gather(t, 1) for t in (h, p, chosen))
+                x = x + tp.reduce_scatter(w.partial(h * (1 + chosen)) * p.to(h.dtype), 1)
+            return tp.all_gather(x, 1)[:, :length] @ w.full_head.T
+
+        return forward
+
+    assert outcomes(subject(build), (2, 4), ("float16",), cases=2) == {"PASS"}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_code_that_rounds_coarser_than_the_deployed_dtype_at_tp1_too_is_no_drift(dtype):
+    def build(tp):
+        w = Weights(tp)
+        up, down, head = (m.bfloat16() for m in (w.up, w.down, w.full_head))
+
+        def forward(ids):
+            x = w.embed[ids].bfloat16()
+            x = x + tp.all_reduce(F.silu(norm(x) @ up.T) @ down.T)
+            return x @ head.T
+
+        return forward
+
+    assert outcomes(subject(build), (2,), (dtype,)) == {"PASS"}
+
+
+def test_a_coarser_wire_at_tp_n_alone_is_still_drift():
+    def build(tp):
+        w = Weights(tp)
+
+        def forward(ids):
+            x = w.embed[ids]
+            y = w.partial(x)
+            if tp.size > 1:
+                y = tp.all_reduce(y.bfloat16()).to(x.dtype)
+            return (x + y) @ w.full_head.T
+
+        return forward
+
+    assert outcomes(subject(build), (2,), ("float32",)) == {"DRIFT"}
+
+
+# Bugs that passed.
+
+
+def test_small_logits_are_not_hidden_by_a_massive_one():
+    def build(tp):
+        w = Weights(tp)
+        scale = torch.ones(VOCAB, dtype=tp.dtype)
+        scale[5] = 2.0**20
+
+        def forward(ids):
+            logits = norm(w.hidden(ids)) @ w.full_head.T * scale
+            if tp.size > 1:
+                logits[..., :5] *= 1.001
+            return logits
+
+        return forward
+
+    found = verdicts(subject(build))
+    assert {verdict.outcome for verdict in found} == {"WRONG"}
+    assert "in units of each channel" in found[0].checks["structural"].reason
+
+
+def test_the_imaginary_half_of_an_output_is_compared():
+    def build(tp):
+        w = Weights(tp)
+
+        def forward(ids):
+            y = (w.hidden(ids) @ w.full_head.T).double()
+            return torch.complex(y, y * tp.size)
+
+        return forward
+
+    assert outcomes(subject(build), (2,)) == {"WRONG"}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_masked_row_at_the_edge_of_a_vocabulary_shard_is_met(seed):
+    def build(tp):
+        w = Weights(tp)
+        embed = w.embed.chunk(tp.size)[tp.rank]
+        rows = embed.shape[0]
+
+        def forward(ids):
+            local = ids - tp.rank * rows
+            mine = (local >= 0) & (local < (rows - 1 if tp.size > 1 else rows))
+            x = tp.all_reduce(embed[local.clamp(0, rows - 1)] * mine.unsqueeze(-1))
+            return x @ w.full_head.T
+
+        return forward
+
+    assert outcomes(subject(build), (2,), seed=seed) == {"WRONG"}
+
+
+def test_what_a_longer_call_left_behind_shows_in_a_shorter_one():
+    def build(tp):
+        w = Weights(tp)
+        positions = tp.weight("positions", 11, HIDDEN)
+        cache = {}
+
+        def forward(ids):
+            length = ids.shape[1]
+            if tp.size > 1 and len(cache.get("p", ())) >= length:
+                p = cache["p"][-length:]
+            else:
+                p = cache["p"] = positions[:length]
+            return (w.hidden(ids) + p) @ w.full_head.T
+
+        return forward
+
+    assert outcomes(subject(build)) == {"WRONG"}
+
+
+class Exposes:
+    def __init__(self, tp, shards):
+        self.w = Weights(tp)
+        self.shards = shards
+
+    def __call__(self, ids):
+        return self.w.hidden(ids) @ self.w.full_head.T
+
+
+def test_a_tensor_that_no_rank_holds_any_more_is_a_finding():
+    def build(tp):
+        held = {"z": (tp.weight("z", 8, 3), tpcheck.Replicate())}
+        return Exposes(tp, lambda: held if tp.size == 1 else {})
+
+    found = verdicts(subject(build), (2,))
+    assert found[0].outcome == "WRONG"
+    assert "z: exposed at TP=1, but by no rank" in found[0].checks["tiling"].reason
+
+
+def test_padding_of_the_unsplit_tensor_is_no_hole():
+    def build(tp):
+        z = tp.weight("z", 8, 3).chunk(tp.size)[tp.rank]
+        rows = z.shape[0]
+        placed = tpcheck.Slices([((slice(rows),), (slice(tp.rank * rows, (tp.rank + 1) * rows),))])
+        padded = F.pad(z, (0, 0, 0, 3), value=float("nan"))
+        return Exposes(tp, lambda: {"z": (padded, placed)})
+
+    assert outcomes(subject(build), (2,)) == {"PASS"}
+
+
+def test_whole_dims_in_slices_need_no_numbers():
+    def build(tp):
+        placed = tpcheck.Slices([((slice(None), slice(None)), (slice(None), slice(None)))])
+        return Exposes(tp, lambda: {f"only at {tp.size}": (tp.weight("z", 8, 3), placed)})
+
+    assert outcomes(subject(build), (2,)) == {"WRONG"}  # TP=1's name is gone
+
+
+def test_a_partial_of_zeros_names_its_rank():
+    class Row(torch.nn.Module):
+        def __init__(self, tp):
+            super().__init__()
+            self.tp, self.w = tp, Weights(tp)
+
+        def forward(self, x):
+            return self.tp.all_reduce(self.w.partial(x) * (self.tp.rank != 1))
+
+    class Model(torch.nn.Module):
+        def __init__(self, tp):
+            super().__init__()
+            self.row = Row(tp)
+
+        def forward(self, ids):
+            return self.row(self.row.w.embed[ids]) @ self.row.w.full_head.T
+
+    found = verdicts(subject(lambda tp: Model(tp)), (4,))[0].first_divergence
+    assert found is not None
+    assert (found.fqn, found.rank) == ("row", 1)
+    assert "all zeros" in found.detail
+
+
+# Misuse that ended in a traceback, or in nothing at all.
+
+
+@subject
+def clean(tp):
+    w = Weights(tp)
+    return lambda ids: w.hidden(ids) @ w.full_head.T
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tp_sizes": 2}, "tp=2"),
+        ({"tp_sizes": "2,4"}, "tp='2,4'"),
+        ({"dtypes": ()}, "dtypes=()"),
+        ({"dtypes": "bfloat16"}, "dtypes='bfloat16'"),
+        ({"cases": 1.5}, "cases=1.5"),
+        ({"seed": "a"}, "seed='a'"),
+        ({"max_failures": 0}, "max_failures=0"),
+        ({"until": "nowhere"}, "until='nowhere'"),
+    ],
+)
+def test_an_unusable_option_is_named(options, named):
+    with pytest.raises(tpcheck.TPCheckError, match=re.escape(named)) as raised:
+        tpcheck.run(clean, **({"tp_sizes": (2,), "backend": "sim"} | options))
+    assert "Traceback" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "entry", [lambda z: (z, "Shard(0)"), lambda z: ([1, 2], tpcheck.Replicate())]
+)
+def test_a_shard_that_is_none_is_named(entry):
+    def build(tp):
+        return Exposes(tp, lambda: {"z": entry(tp.weight("z", 8, 3))})
+
+    with pytest.raises(tpcheck.SubjectError, match=r"shards\(\)\['z'\]"):
+        verdicts(subject(build), (2,))
+
+
+def test_other_things_than_specs_are_named():
+    with pytest.raises(tpcheck.SubjectError, match="spec=3"):
+        tpcheck.subject(spec=3)
+    with pytest.raises(tpcheck.SubjectError, match="specs=3"):
+        verdicts(tpcheck.subject(vocab_size=8, specs=3)(lambda tp, spec: None), (2,))
+
+
+def test_what_a_partial_binds_is_named():
+    def build(lock, tp):
+        return clean(tp)
+
+    partial = subject(functools.partial(build, threading.Lock()))
+    with pytest.raises(tpcheck.SubjectError, match=r"partial\(.*'argument 0', a _thread.lock"):
+        make_ref(partial)
+
+
+def test_a_bool_is_no_size():
+    with pytest.raises(tpcheck.SubjectError, match="shape=\\(True,\\)"):
+        verdicts(subject(lambda tp: tp.weight("z", True)), (2,))
+
+
+# What inputs have to be, for all of the above.
+
+
+@pytest.mark.parametrize(
+    ("vocab", "batch", "length"), [(1, 2, 1), (2, 2, 5), (99, 2, 13), (7, 3, 1)]
+)
+def test_token_ids_differ_wherever_they_can(vocab, batch, length):
+    ids = token_ids(torch.Generator().manual_seed(0), vocab, batch, length)
+    assert ids.shape == (batch, length)
+    assert 0 <= int(ids.min()) <= int(ids.max()) < vocab
+    if vocab >= batch * length:
+        assert len(set(ids.flatten().tolist())) == batch * length
+    if vocab >= batch:
+        assert len(set(ids[:, 0].tolist())) == batch
+
+
+def test_inputs_do_not_depend_on_the_degrees_asked_for_and_run_long_to_short():
+    case, loaded = Case(0, 2, 11), resolve(make_ref(clean))
+    alone, both = make_inputs(loaded, case, (4,)), make_inputs(loaded, case, (2, 4, 8))
+    assert all(torch.equal(alone[key][0], both[key][0]) for key in alone)
+    assert list(alone) == ["t5", "t4", "t3", "t1", "A", "B"]
