@@ -269,12 +269,10 @@ class SimulatedGroup(RecordedGroup):
         kind = self._world.reduction
 
         def scatter(xs: list[Tensor]) -> Sequence[Tensor]:
-            # Gloo reduces the whole tensor with the scattered dim first, then slices.
-            total = reduce_sum([x.movedim(dim, 0).contiguous() for x in xs], kind)
-            return [
-                piece.movedim(0, dim).clone(memory_format=torch.contiguous_format)
-                for piece in total.chunk(len(xs), 0)
-            ]
+            # Gloo reduces all ranks' pieces, stacked in rank order, then keeps one: the ring's
+            # chunks follow that order of elements.
+            stacked = [torch.stack(x.chunk(len(xs), dim)) for x in xs]
+            return [piece.clone() for piece in reduce_sum(stacked, kind).unbind(0)]
 
         return self._meet("reduce_scatter", x, f"dim={dim}", scatter)
 
