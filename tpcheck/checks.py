@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tpcheck.comparison import (
+    as_float64,
     compare,
     describe_region,
     mask_difference,
@@ -27,7 +28,7 @@ from tpcheck.conduct import rank_agreement, repeatability, schedule, tiling
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence
 from tpcheck.execution import AGAIN
-from tpcheck.numerics.drift import floored, ratio_limit
+from tpcheck.numerics.drift import effective_count, floored, ratio_limit
 from tpcheck.numerics.tolerance import derived_tolerance, structural_limit
 from tpcheck.numerics.ulp import eps
 from tpcheck.records import FAIL, PASS, SKIPPED, Check, Comparison
@@ -112,7 +113,7 @@ def drift(evidence: Evidence) -> Check:
     base_error = _base_error(evidence, magnitude)
     at_1 = floored(base_error, magnitude, step)
     ratio = error / at_1 if at_1 else (0.0 if error == 0 else math.inf)
-    limit = ratio_limit(evidence.expected)
+    limit = ratio_limit(evidence.expected, _error_count(evidence))
     facts |= {
         "ratio": ratio,
         "limit": limit,
@@ -258,6 +259,21 @@ def _base_error(evidence: Evidence, magnitude: float) -> float:
     reference = _reference(evidence)
     outputs = evidence.base.outputs
     return pooled_rms([(outputs[key], reference[key]) for key in _common(outputs, reference)])[0]
+
+
+def _error_count(evidence: Evidence) -> float:
+    """Return how many independent errors TP=1's own error rests on; a bug cannot move it."""
+    base, reference = evidence.base.outputs, _reference(evidence)
+    second = fourth = 0.0
+    count = 0
+    for key in _common(base, reference):
+        if base[key].shape == reference[key].shape:
+            error = (as_float64(base[key]) - as_float64(reference[key])).nan_to_num(0.0, 0.0, 0.0)
+            peak = max(float(error.abs().max()) if error.numel() else 0.0, 1e-300)
+            second += float((error / peak).square().sum()) * peak**2
+            fourth += float((error / peak).square().square().sum()) * peak**4
+            count += error.numel()
+    return effective_count(second, fourth, count)
 
 
 def _mask_reason(actual: Trace, expected: Trace, key: str) -> str:

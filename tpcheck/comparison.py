@@ -41,7 +41,7 @@ def compare(
         raise SubjectError(
             f"shape={list(actual.shape)}, but should be {list(expected.shape)} as at TP=1"
         )
-    got, want = _as_float64(actual), _as_float64(expected)
+    got, want = as_float64(actual), as_float64(expected)
     other_mask = mask_difference(got, want)
     finite = got.isfinite() & want.isfinite()
     error = torch.where(finite, (got - want).abs(), 0.0)
@@ -79,7 +79,7 @@ def pooled_rms(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[floa
     squares = wanted = 0.0
     count = 0
     for actual, expected in pairs:
-        got, want = _as_float64(actual), _as_float64(expected)
+        got, want = as_float64(actual), as_float64(expected)
         finite = got.isfinite() & want.isfinite()
         squares += float(torch.where(finite, got - want, 0.0).square().sum())
         wanted += float(torch.where(finite, want, 0.0).square().sum())
@@ -93,7 +93,7 @@ def sliced_relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> tuple[f
     One massive channel, or a first token that attracts all attention, otherwise hides what happens
     in the rest. Slices of fewer than 8 elements have no scale of their own and count as 0.
     """
-    got, want = _as_float64(actual), _as_float64(expected)
+    got, want = as_float64(actual), as_float64(expected)
     if got.shape != want.shape or want.ndim < 2:
         return 0.0, 0.0
     finite = got.isfinite() & want.isfinite()
@@ -148,7 +148,7 @@ def scientific(value: float, *, up: bool = False) -> str:
     return f"{rounded:g}e{exponent}" if rounded < 10 else f"1e{exponent + 1}"
 
 
-def _as_float64(x: torch.Tensor) -> torch.Tensor:
+def as_float64(x: torch.Tensor) -> torch.Tensor:
     """Complex numbers become pairs in a new last dim: casting them would drop a half."""
     x = x.detach()
     return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).to(torch.float64)

@@ -70,7 +70,7 @@ def test_more_rounding_than_the_reduction_explains():
     first, second = reasons(found)
     assert first == "same function; rounded more than this reduction explains"
     assert second == (
-        "drift: error is 91.3 x that of TP=1, but should be at most 3:"
+        "drift: error is 91.3 x that of TP=1, but should be at most 3.12:"
         " this reduction explains 1.8 (ring of 4 equal partials)"
     )
 

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcheck.errors import TPCheckError
-from tpcheck.numerics.drift import ERROR_FLOOR, RATIO_FLOOR, expected_ratio, floored, ratio_limit
+from tpcheck.numerics.drift import (
+    ERROR_FLOOR,
+    RATIO_FLOOR,
+    effective_count,
+    expected_ratio,
+    floored,
+    ratio_limit,
+    sampling_spread,
+)
 from tpcheck.numerics.reduction import reduce_sum
 from tpcheck.numerics.tolerance import (
     NOISE_FACTOR,
@@ -162,3 +170,28 @@ def test_a_derived_tolerance_holds_for_normal_errors_at_the_limit(count):
     generator = torch.Generator().manual_seed(count)
     error = torch.randn(count, generator=generator) * math.sqrt(1 + 3.0**2)
     assert float(error.abs().max()) < derived_tolerance(1.0, 3.0, count).atol
+
+
+@pytest.mark.parametrize("count", [6, 20, 100, 1000])
+def test_the_sampling_spread_is_the_quantile_it_says(count):
+    generator = torch.Generator().manual_seed(count)
+    draws = torch.randn((20_000, 2, count), generator=generator, dtype=torch.float64)
+    first, second = draws.square().mean(-1).sqrt().unbind(1)
+    ratios = first / second
+    assert (ratios > sampling_spread(count)).sum() <= 2, "1e-5 of 20,000 draws is 0.2"
+    assert ratios.max() > 0.3 * sampling_spread(count), "and not a bound that anything meets"
+
+
+def test_few_massive_errors_count_as_few():
+    errors = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    even = effective_count(float(errors.square().sum()), float(errors.pow(4).sum()), 1000)
+    errors[:4] *= 1000
+    few = effective_count(float(errors.square().sum()), float(errors.pow(4).sum()), 1000)
+    assert 800 < even <= 1000
+    assert few < 12
+    assert effective_count(0.0, 0.0, 7) == 7
+
+
+def test_many_errors_leave_the_limit_where_it_was():
+    assert ratio_limit(1.8, 10_000) == RATIO_FLOOR
+    assert ratio_limit(1.41, 7) > 2 * RATIO_FLOOR

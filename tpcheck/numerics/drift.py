@@ -16,6 +16,9 @@ percentile of 1.56 and a maximum of 1.92; bare row-parallel layers at TP=8 2.44.
 EXPECTED_MARGIN = 1.5
 """The law is up to 13 % low (two numbers of one binade), the rest is sampling of e1 and eN."""
 
+SAMPLING_Z = 4.27
+"""One verdict in 100,000: the standard normal's 1 - 1e-5 quantile."""
+
 ERROR_FLOOR = 0.15
 """e1 is at least this many eps * rms(oracle): inputs whose TP=1 result happens to be exact would
 otherwise make any rounding an infinite ratio. Measured e1 is 0.41 to 2.35 eps."""
@@ -43,12 +46,44 @@ def expected_ratio(tp_size: int, kind: str = "ring") -> float:
     return math.sqrt(1 + (tp_size + 1) / 2 - 1 / tp_size)
 
 
-def ratio_limit(expected: float) -> float:
-    """Return the largest eN/e1 that `expected` explains.
+def ratio_limit(expected: float, error_count: float = math.inf) -> float:
+    """Return the largest eN/e1 that `expected` explains, measured over `error_count` errors.
 
-    Source: the constants above and where they were measured.
+    Args:
+        expected: eN/e1 of the law or of the injected rounding.
+        error_count: independent errors behind e1; see `effective_count`.
+
+    Source: the constants above and where they were measured; `sampling_spread` for few errors.
     """
-    return max(RATIO_FLOOR, EXPECTED_MARGIN * expected)
+    return max(RATIO_FLOOR, EXPECTED_MARGIN * expected, expected * sampling_spread(error_count))
+
+
+def sampling_spread(error_count: float) -> float:
+    """Return how far apart chance alone drives two rms errors of `error_count` normal errors.
+
+    The 1 - 1e-5 quantile of the square root of an F distribution with as many degrees of freedom
+    on both sides: 1.5 for 100 errors, 2.9 for 20; below 6 the estimate is that of 6.
+
+    Source: Paulson 1942, the normal approximation to the F distribution.
+    """
+    spread = 2 / (9 * max(error_count, 6.0))
+    rest = 1 - spread
+    root = math.sqrt(2 * rest**2 * spread - (SAMPLING_Z * spread) ** 2)
+    cube_root = (rest**2 + SAMPLING_Z * root) / (rest**2 - SAMPLING_Z**2 * spread)
+    return float(cube_root**1.5)
+
+
+def effective_count(sum_of_squares: float, sum_of_fourths: float, count: int) -> float:
+    """Return how many normal errors carry this much energy as unevenly: 3 (sum e^2)^2 / sum e^4.
+
+    A few massive elements carry the error of a whole output, and then a ratio of rms is a ratio of
+    few numbers. Never more than `count`.
+
+    Source: the fourth moment of a normal error is three times its variance squared.
+    """
+    if sum_of_fourths <= 0:
+        return float(count)
+    return min(float(count), 3 * sum_of_squares**2 / sum_of_fourths)
 
 
 def floored(error: float, rms_expected: float, eps: float) -> float:
