@@ -287,7 +287,10 @@ class SimulatedGroup(RecordedGroup):
 
     def _broadcast(self, x: Tensor, src: int) -> Tensor:
         return self._meet(
-            "broadcast", x, f"src={src}", lambda xs: _one_each(xs[src].clone(), len(xs))
+            "broadcast",
+            x,
+            f"src={src}",
+            lambda xs: _one_each(xs[src].clone(memory_format=torch.contiguous_format), len(xs)),
         )
 
     def _barrier(self) -> None:
