@@ -11,8 +11,10 @@ from torch.nn import functional
 import tpcheck
 
 HIDDEN = int(os.environ.get("BENCH_HIDDEN", "256"))
-FFN = {256: 688, 64: 176}[HIDDEN]
-VOCAB, TOKENS, LAYERS, HEADS = 512, 32, 2, 8
+WIDE = "BENCH_WIDE" in os.environ
+"""64 heads and an FFN that 64 divides, for how simulation grows with the degree."""
+FFN = 704 if WIDE else {256: 688, 64: 176}[HIDDEN]
+VOCAB, TOKENS, LAYERS, HEADS = 512, 32, 2, 64 if WIDE else 8
 
 
 def norm(x):

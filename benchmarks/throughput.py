@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from subject import HIDDEN
+from subject import HIDDEN, WIDE
 
 from tpcheck import environment
 from tpcheck.comparison import compare
@@ -41,7 +41,7 @@ from tpcheck.spec import Case
 from tpcheck.subjects import SubjectRef, resolve
 
 REF = SubjectRef("name", "subject", "build", "subject:build")
-DTYPE = "bfloat16"
+DTYPE = "float32"
 
 
 def task(seed: int) -> Task:
@@ -80,7 +80,8 @@ def limit() -> float:
 
 def forward_seconds(world: World, _payload: None) -> float:
     """Return the median time of a TP=1 forward. Runs as a job."""
-    group = world.group(seed=0, dtype=torch.bfloat16, weight_dtype=torch.bfloat16)
+    dtype = getattr(torch, DTYPE)
+    group = world.group(seed=0, dtype=dtype, weight_dtype=dtype)
     forward, ids, times = resolve(REF).build(group), task(0).inputs["A"][0], []
     with torch.no_grad():
         for _ in range(200):
@@ -133,7 +134,7 @@ def measure(tp_size: int, seconds: float) -> dict[str, float]:
         "sim cached": per_second(lambda _: run_case(simulated, tp_size, 0), seconds),
         "sim cold": per_second(lambda seed: run_case(simulated, tp_size, seed), seconds),
     }
-    if tp_size > 8:
+    if WIDE:
         return ways
     with RankPool(tp_size + 1) as pool:  # TP=1 runs beside TP=N
         ways["pool cached"] = per_second(lambda _: run_case(pool, tp_size, 0), seconds)
@@ -172,30 +173,38 @@ def import_seconds(statement: str) -> float:
     return round(statistics.median(times), 3)
 
 
+def in_another_process(options: argparse.Namespace, **variables: str) -> dict:
+    """Return what this benchmark measures with other sizes."""
+    file = Path(f"{options.json}.part")
+    command = [sys.executable, __file__, "--json", str(file), "--seconds", str(options.seconds)]
+    subprocess.run(command, check=True, env=os.environ | variables)
+    part = json.loads(file.read_text())
+    file.unlink()
+    return part
+
+
 def main() -> None:
-    """Measure the case of BENCH_HIDDEN, then the tiny one in a process of its own."""
+    """Measure the case of BENCH_HIDDEN, then the tiny and the wide one in other processes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--tp", default="2,4,8,16,32,64")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rates = {tp: measure(tp, options.seconds) for tp in map(int, options.tp.split(","))}
-    for tp, ways in rates.items():
+    degrees = (2, 4, 8, 16, 32, 64) if WIDE else (2, 4, 8)
+    result = {
+        "hidden": HIDDEN,
+        "cases_per_second": {tp: measure(tp, options.seconds) for tp in degrees},
+    }
+    for tp, ways in result["cases_per_second"].items():
         print(f"hidden {HIDDEN} tp={tp}: " + ", ".join(f"{k} {v:.1f}/s" for k, v in ways.items()))
-    result = {"hidden": HIDDEN, "cases_per_second": rates}
-    if HIDDEN == 256:
+    if HIDDEN == 256 and not WIDE:
         result |= {"pool": pool_facts(), "environment": environment.collect()}
         result["import_s"] = {
             statement: import_seconds(statement)
             for statement in ("pass", "import tpcheck", "import tpcheck.cli", "import torch")
         }
-        arguments = ["--json", f"{options.json}.tiny", "--seconds", str(options.seconds)]
-        command = [sys.executable, __file__, *arguments, "--tp", "2,4,8"]
-        subprocess.run(command, check=True, env=os.environ | {"BENCH_HIDDEN": "64"})
-        tiny = Path(f"{options.json}.tiny")
-        result["tiny"] = json.loads(tiny.read_text())
-        tiny.unlink()
+        result["tiny"] = in_another_process(options, BENCH_HIDDEN="64")
+        result["growth"] = in_another_process(options, BENCH_WIDE="1")
     options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -74,7 +74,7 @@ def execute(world: World, task: Task) -> Trace:
     subject = resolve(task.subject)
     if task.spec is not None:
         subject = with_spec(subject, task.spec)
-    torch.manual_seed(task.seed)
+    _seed(task.seed, world.device)
     group = cast(RecordedGroup, world.group(seed=task.seed, dtype=dtype, weight_dtype=weight_dtype))
     consumption = Consumption(group.weights)
     if task.perturb_weights is not None:
@@ -84,6 +84,13 @@ def execute(world: World, task: Task) -> Trace:
         forward = _build(subject, group, consumption)
         run = _Runner(subject, group, forward, task)
         return run.everything(consumption)
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed as torch.manual_seed does, without its millisecond of queueing for absent devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _build(subject: Subject, group: RecordedGroup, consumption: Consumption) -> Any:
