@@ -41,7 +41,7 @@ from tpcheck.spec import Case
 from tpcheck.subjects import SubjectRef, resolve
 
 REF = SubjectRef("name", "subject", "build", "subject:build")
-DTYPE = "float32"
+DTYPE = "bfloat16"
 
 
 def task(seed: int) -> Task:
