@@ -51,7 +51,6 @@ class Evidence:
     base_error: float | None = None
     tolerance: Tolerance | None = None
     logits: str = "all"
-    repeatable_base: bool = True
     routing_flips: int = 0
     routing_margin: float | None = None
     routing_pinned: bool = False

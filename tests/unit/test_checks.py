@@ -461,3 +461,16 @@ def test_nan_in_decode_fails():
 def test_no_decode_no_check():
     assert decode(evidence()).outcome == "SKIPPED"
     assert decode(without_oracle()).outcome == "SKIPPED"
+
+
+@pytest.mark.parametrize(
+    ("device", "repeats", "outcome"),
+    [("cuda:0", False, "SKIPPED"), ("cuda:0", True, "FAIL"), ("cpu", False, "FAIL")],
+)
+def test_only_a_gpu_may_not_repeat_and_only_what_tp1_does_not_repeat(device, repeats, outcome):
+    first, again = values(4, 64), values(4, 64, seed=1)
+    facts = {"device": device}
+    moved = ranks({"A": first, AGAIN: again}, facts=facts)
+    alone = trace(0, {"A": first, AGAIN: first if repeats else again}, facts=facts)
+    check = repeatability(replace(evidence(), base=alone, deployed=moved))
+    assert check.outcome == outcome
