@@ -133,6 +133,12 @@ def drift(evidence: Evidence) -> Check:
     return Check(PASS, "", facts)
 
 
+def drifts(check: Check) -> bool:
+    """Whether a drift check failed by its ratio; one that overflows has none to explain."""
+    ratio, limit = check.facts.get("ratio"), check.facts.get("limit")
+    return check.outcome == FAIL and ratio is not None and ratio > limit
+
+
 def allclose(evidence: Evidence) -> Check:
     """TP=N against TP=1 in the deployed dtype; a user's tolerance decides, a derived one not."""
     compared_traces = (evidence.deployed[0], evidence.base)

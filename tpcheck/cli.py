@@ -8,7 +8,6 @@ torch: whatever needs it is imported inside the command.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import traceback
@@ -73,7 +72,7 @@ def run(
     backend: options.BackendOption = options.Backend.auto,
     ranks_per_gpu: options.RanksPerGpu = None,
     dtype: options.DTypes = [options.DType.bfloat16],  # noqa: B006 - typer copies it
-    cases: options.Cases = 1,
+    cases: options.Cases = None,
     max_failures: options.MaxFailures = None,
     case: options.CaseId = None,
     until: options.Until = None,
@@ -83,6 +82,7 @@ def run(
     atol: options.Atol = None,
     rtol: options.Rtol = None,
     preset: options.Preset = None,
+    sensitivity: options.Sensitivity = False,
     timeout: options.Timeout = 120.0,
     json_path: options.JsonPath = None,
     html: options.HtmlPath = None,
@@ -120,6 +120,7 @@ def run(
             atol=atol,
             rtol=rtol,
             preset=preset,
+            sensitivity=sensitivity,
             timeout_s=timeout,
             progress=progress,
         )
@@ -144,10 +145,10 @@ def selfcheck(
     _serve_if_torchrun_wants(backend, None)
     outputs.assert_writable()
     with _interruptible(), progress_bar(enabled=not (quiet or no_progress)) as progress:
-        from tpcheck import run_plan, workflow
+        from tpcheck import fault_matrix
 
-        results = workflow.selfcheck(
-            tp_sizes or run_plan.DEFAULT_TP_SIZES,
+        matrix = fault_matrix.selfcheck(
+            tp_sizes or fault_matrix.TP_SIZES,
             tuple(dict.fromkeys(one.value for one in dtype)),
             backend=backend.value,
             seed=seed,
@@ -155,9 +156,9 @@ def selfcheck(
         )
     from tpcheck.render.selfcheck import render_selfcheck
 
-    faults = [dataclasses.asdict(one) | {"survived": one.survived} for one in results]
-    outputs.publish({"faults": faults}, render_selfcheck(faults), quiet=quiet)
-    raise typer.Exit(EXIT_CODES["WRONG"] if any(one.survived for one in results) else 0)
+    found = matrix.to_json()
+    outputs.publish(found, render_selfcheck(found), quiet=quiet)
+    raise typer.Exit(0 if matrix.passed else EXIT_CODES["WRONG"])
 
 
 def _serve_if_torchrun_wants(backend: options.Backend, ranks_per_gpu: int | None) -> None:

@@ -69,7 +69,10 @@ RanksPerGpu = Annotated[
 DTypes = Annotated[
     list[DType], typer.Option("--dtype", metavar="|".join(DType), help="Repeatable.")
 ]
-Cases = Annotated[int, typer.Option("--cases", min=1, help="How many seeds or generated cases.")]
+Cases = Annotated[
+    int | None,
+    typer.Option("--cases", min=1, help="How many seeds (default 1) or generated cases (25)."),
+]
 MaxFailures = Annotated[
     int | None, typer.Option("--max-failures", min=1, help="Stop after so many failing verdicts.")
 ]
@@ -88,6 +91,9 @@ Rtol = Annotated[
 ]
 Preset = Annotated[
     str | None, typer.Option("--preset", metavar="seed-1e-2", help="A named tolerance.")
+]
+Sensitivity = Annotated[
+    bool, typer.Option("--sensitivity", help="Plant faults in SUBJECT: would they be caught?")
 ]
 Timeout = Annotated[
     float, typer.Option("--timeout", metavar="S", callback=_seconds, help="Seconds per case.")

@@ -7,7 +7,7 @@ one frozen record; what is missing is None and makes the check say so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tpcheck.comparison import pooled_rms, relative, sliced_relative_rms
 from tpcheck.execution import AGAIN
@@ -60,6 +60,12 @@ def distance(actual: Trace, expected: Trace) -> tuple[float, float, int]:
     """Return rms(actual - expected), rms(expected) and the count, over all inputs together."""
     keys = [key for key in actual.outputs if key in expected.outputs and key != AGAIN]
     return pooled_rms([(actual.outputs[key], expected.outputs[key]) for key in keys])
+
+
+def with_outputs(trace: Trace, more: Trace, suffix: str = "") -> Trace:
+    """Return a trace with another's outputs beside its own, under names of their own."""
+    added = {f"{key}{suffix}": output for key, output in more.outputs.items()}
+    return replace(trace, outputs={**trace.outputs, **added})
 
 
 def output_response(moved: Trace, still: Trace) -> float:

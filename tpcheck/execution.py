@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -18,10 +18,13 @@ import torch
 from tpcheck.errors import SubjectError
 from tpcheck.groups.base import RecordedGroup
 from tpcheck.groups.jobs import World
-from tpcheck.observation.consumption import Consumption, offer_weights
+from tpcheck.observation.consumption import Consumption, offer_weights, one_ulp_off
 from tpcheck.observation.dispatch import Choice, Watch
 from tpcheck.observation.injection import reduction_noise
 from tpcheck.observation.modules import ModuleTracer, replay_modules, traced_modules
+from tpcheck.observation.planting import Plant, Planter
+from tpcheck.observation.program import Program
+from tpcheck.observation.recording import Recording
 from tpcheck.placement import Placement
 from tpcheck.spec import ModelSpec
 from tpcheck.subjects import Subject, SubjectRef, resolve, with_spec
@@ -37,9 +40,11 @@ class Task:
 
     inputs: input id -> arguments of forward. order: the ids to run; a repeated "A" is stored as
     "A again". watch: see casts, choices and torch.distributed calls. perturb_seed: move narrow
-    casts by half an ulp. noise_dtype: add to every reduction the rounding this dtype must cost.
-    pinned: input id -> choices to impose on top-k. trace: input id whose modules are recorded;
-    replay: reference inputs by FQN for modules with declared placements.
+    casts by half an ulp. perturb_weights: move weights by half an ulp of the compute dtype;
+    other_weights: by an ulp of the storage dtype, alike in every compute dtype. noise_dtype: add to
+    every reduction the rounding this dtype must cost. pinned: input id -> choices to impose on
+    top-k. trace: input id whose modules are recorded; replay: reference inputs by FQN for modules
+    with declared placements.
     """
 
     subject: SubjectRef
@@ -52,6 +57,7 @@ class Task:
     watch: bool = False
     perturb_seed: int | None = None
     perturb_weights: int | None = None
+    other_weights: int | None = None
     noise_dtype: str = ""
     noise_kind: str = "ring"
     pinned: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
@@ -70,20 +76,70 @@ def execute(world: World, task: Task) -> Trace:
         SubjectError: the subject breaks its own declaration (no callable, no tensor, other shapes).
         Exception: whatever the subject raises.
     """
+    with torch.no_grad():
+        group = _group(world, task)
+        subject, forward, consumption = _built(group, task)
+        return _Runner(subject, group, forward, task).everything(consumption)
+
+
+def execute_planted(world: World, work: tuple[Task, Sequence[Plant]]) -> list[Trace]:
+    """Run a task once for each fault planted in it; faults of collectives share one build.
+
+    Raises:
+        Exception: whatever a planted fault makes the subject raise.
+    """
+    task, plants = work
+    traces: list[Trace] = []
+    reusable = False
+    with torch.no_grad():
+        for plant in plants:
+            in_weight = isinstance(plant.site, str)
+            if in_weight or not reusable:
+                group = _group(world, task)
+                planter = Planter(group, plant)
+                subject, forward, consumption = _built(group, task)
+            reusable = not in_weight
+            with planter.planted(plant, real_ranks=world.backend != "sim"):
+                trace = _Runner(subject, group, forward, task).everything(consumption)
+            traces.append(replace(trace, extras={"survey": planter.survey()}))
+    return traces
+
+
+def execute_recorded(world: World, work: tuple[Task, list[Program]]) -> Trace:
+    """Run a task as `execute` does and append this rank's program to the list. Simulated only.
+
+    Raises:
+        Exception: whatever the subject raises; the program then ends there.
+    """
+    task, programs = work
+    with torch.no_grad():
+        group = _group(world, task)
+        with Recording(group, task.inputs, programs) as recording:
+            subject, forward, consumption = _built(group, task)
+            recording.mark(traced_modules(forward))
+            trace = _Runner(subject, group, forward, task).everything(consumption)
+            recording.finish(trace.outputs)
+    return trace
+
+
+def _group(world: World, task: Task) -> RecordedGroup:
     dtype, weight_dtype = getattr(torch, task.dtype), getattr(torch, task.weight_dtype)
+    group = world.group(seed=task.seed, dtype=dtype, weight_dtype=weight_dtype)
+    return cast(RecordedGroup, group)
+
+
+def _built(group: RecordedGroup, task: Task) -> tuple[Subject, Any, Consumption]:
     subject = resolve(task.subject)
     if task.spec is not None:
         subject = with_spec(subject, task.spec)
-    _seed(task.seed, world.device)
-    group = cast(RecordedGroup, world.group(seed=task.seed, dtype=dtype, weight_dtype=weight_dtype))
+    _seed(task.seed, group.device)
     consumption = Consumption(group.weights)
     if task.perturb_weights is not None:
         group.weights.perturb = consumption.half_ulp(task.perturb_weights)
+    if task.other_weights is not None:
+        group.weights.perturb = one_ulp_off(task.other_weights, group.weight_dtype)
     offer_weights(group.weights, subject.options.weights)
-    with torch.no_grad():
-        forward = _build(subject, group, consumption)
-        run = _Runner(subject, group, forward, task)
-        return run.everything(consumption)
+    return subject, _build(subject, group, consumption), consumption
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -133,7 +189,7 @@ class _Runner:
             self._group.interceptor = reduction_noise(task.noise_dtype, task.noise_kind, task.seed)
         for input_id in task.order:
             name = AGAIN if input_id in self._collectives else input_id
-            self._run(name, lambda i=input_id: self._call(self._forward, i), input_id)  # type: ignore[misc]
+            self._run(name, self._forward, input_id)
         if task.decode and hasattr(self._forward, "prefill") and hasattr(self._forward, "step"):
             self._run("decode", self._decode, "A")
         if task.trace:
@@ -162,9 +218,10 @@ class _Runner:
             "threads_per_rank": torch.get_num_threads(),
         } | own
 
-    def _run(self, name: str, call: Callable[[], Any], input_id: str) -> None:
+    def _run(self, name: str, function: Callable[..., Any], input_id: str) -> None:
+        arguments = self._arguments(input_id)  # out here: rounding them is no cast of the subject's
         with self._watching(name, input_id):
-            output = self._checked(name, call())
+            output = self._checked(name, function(*arguments))
         self._collectives[name] = self._group.recorder.take()
         if output is None:
             return
@@ -210,9 +267,8 @@ class _Runner:
         first = name in (task.order[0], "A")
         return task.watch and name != "decode" and (first or not self._quiet)
 
-    def _call(self, function: Callable[..., Any], input_id: str) -> Any:
-        arguments = [self._prepared(tensor) for tensor in self._task.inputs[input_id]]
-        return function(*arguments)
+    def _arguments(self, input_id: str) -> list[torch.Tensor]:
+        return [self._prepared(tensor) for tensor in self._task.inputs[input_id]]
 
     def _prepared(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.to(self._group.device)
@@ -232,9 +288,8 @@ class _Runner:
             )
         return output.detach().to("cpu").clone(memory_format=torch.contiguous_format)
 
-    def _decode(self) -> torch.Tensor | None:
+    def _decode(self, ids: torch.Tensor, *_: torch.Tensor) -> torch.Tensor | None:
         """Prefill the first half of A, then step through the rest, one token at a time."""
-        ids = self._prepared(self._task.inputs["A"][0])
         half = max(1, ids.shape[1] // 2)
         logits, state = self._forward.prefill(ids[:, :half])
         pieces = [logits]
@@ -251,7 +306,7 @@ class _Runner:
         points = traced_modules(self._forward)
         tracer = ModuleTracer(points, self._group, until=task.until)
         with tracer:
-            self._call(self._forward, task.trace)
+            self._forward(*self._arguments(task.trace))
         self._group.recorder.take()
         self._extras["points"] = tracer.records
         if task.replay:

@@ -53,7 +53,8 @@ def spec_from_config(config: Config) -> ModelSpec:
     """Return the spec that a config.json describes.
 
     Args:
-        config: the fields of a llama, mistral, qwen2, qwen3 or gpt2 config.
+        config: the fields of a llama, mistral, qwen2, qwen3, gpt2, mixtral, qwen2_moe or qwen3_moe
+            config.
 
     Raises:
         PlanError: a field is missing, malformed, or something the reference decoder cannot do.
@@ -131,6 +132,68 @@ def _qwen3(config: Config) -> dict[str, Any]:
     }
 
 
+def _mixtral(config: Config) -> dict[str, Any]:
+    defaults = {"rms_norm_eps": 1e-5, "rope_theta": 1e6, "num_key_value_heads": 8}
+    return {
+        **_llama_like({**defaults, **config}),
+        "sliding_window": _uniform_window(config, _get(config, "sliding_window", 0)),
+        "num_experts": _experts(config, 8),
+        "num_experts_per_tok": _get(config, "num_experts_per_tok", 2),
+        "norm_topk_prob": True,
+    }
+
+
+def _qwen2_moe(config: Config) -> dict[str, Any]:
+    if config.get("layer_types") is None:
+        _refuse_unless(config, "use_sliding_window", False)  # it has windows in every other layer
+    window = _get(config, "sliding_window", 4096) if config.get("use_sliding_window") else 0
+    return {
+        **_llama_like({"num_key_value_heads": 16, **config}),
+        **_qwen_experts(config, num_experts=60, chosen=4, size=1408),
+        "attention_bias": _get(config, "qkv_bias", True),
+        "sliding_window": _uniform_window(config, window),
+        "shared_expert_intermediate_size": _get(config, "shared_expert_intermediate_size", 5632),
+    }
+
+
+def _qwen3_moe(config: Config) -> dict[str, Any]:
+    bias = _get(config, "attention_bias", False)
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else 0
+    return {
+        **_llama_like({"num_key_value_heads": 4, **config}),
+        **_qwen_experts(config, num_experts=128, chosen=8, size=768),
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+        "qk_norm": "per_head",
+        "sliding_window": _uniform_window(config, window or 0),
+    }
+
+
+def _qwen_experts(config: Config, *, num_experts: int, chosen: int, size: int) -> dict[str, Any]:
+    """Read Qwen's experts; keyword arguments are the defaults. Every layer has to have them."""
+    _refuse_unless(config, "mlp_only_layers", [])
+    _refuse_unless(config, "decoder_sparse_step", 1)
+    return {
+        "num_experts": _experts(config, num_experts),
+        "num_experts_per_tok": _get(config, "num_experts_per_tok", chosen),
+        "moe_intermediate_size": _get(config, "moe_intermediate_size", size),
+        "norm_topk_prob": _get(config, "norm_topk_prob", False),
+    }
+
+
+def _experts(config: Config, default: int) -> Any:
+    """Read how many experts there are; transformers 5 renames Qwen3's as Mixtral spells it."""
+    names = [name for name in ("num_local_experts", "num_experts") if config.get(name) is not None]
+    values = [config[name] for name in names]
+    if len(values) == 2 and values[0] != values[1]:
+        raise PlanError(
+            f"config: num_experts={values[1]!r}, but should be num_local_experts={values[0]!r}"
+        )
+    if values and not values[0]:
+        raise PlanError(f"config: {names[0]}={values[0]!r}, but should be at least 1")
+    return values[0] if values else default
+
+
 def _gpt2(config: Config) -> dict[str, Any]:
     for name, neutral in _GPT2_NEUTRAL.items():
         _refuse_unless(config, name, neutral)
@@ -165,6 +228,9 @@ _READERS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "gpt2": _gpt2,
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
 }
 
 

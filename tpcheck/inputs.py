@@ -21,6 +21,11 @@ from tpcheck.subjects import Subject
 
 Inputs = Mapping[str, tuple[torch.Tensor, ...]]
 
+Make = Callable[[torch.Generator, int], tuple[torch.Tensor, ...]]
+
+MORE = 8
+"""Further inputs: with A and B they make a ratio of errors three times as sure."""
+
 _EDGE_DEGREES = (2, 3, 4, 8)
 """Fixed, so that a case has the same inputs whatever degrees are asked for."""
 
@@ -37,20 +42,32 @@ def make_inputs(subject: Subject, case: Case, tp_sizes: Sequence[int]) -> Inputs
     Raises:
         SubjectError: the subject's own `inputs` raises or returns something else than tensors.
     """
-    options = subject.options
-    make: Callable[[torch.Generator, int], tuple[torch.Tensor, ...]]
-    if options.inputs is None:
-        vocab, batch = options.vocab_size, case.batch
-        make = lambda generator, length: (token_ids(generator, vocab, batch, length),)  # noqa: E731
-        takes_length = True
-    else:
-        takes_length = _takes_shape(options.inputs)
-        make = lambda generator, length: _users_inputs(subject, generator, case.batch, length)  # noqa: E731
-    lengths = sweep_lengths(case.seq_len, tp_sizes) if options.sweep and takes_length else []
+    make, takes_length = _maker(subject, case)
+    sweeps = subject.options.sweep and takes_length
+    lengths = sweep_lengths(case.seq_len, tp_sizes) if sweeps else []
     made = {f"t{n}": make(_generator(case.seed, n), n) for n in reversed(lengths)}
     made["A"] = make(_generator(case.seed, 0), case.seq_len)
     made["B"] = make(_generator(case.seed, -1), case.seq_len)
     return made
+
+
+def more_inputs(subject: Subject, case: Case) -> Inputs:
+    """Return MORE further inputs of A's shape, C1, C2, ...: for what A and B leave to chance.
+
+    Raises:
+        SubjectError: as `make_inputs`.
+    """
+    make, _ = _maker(subject, case)
+    return {f"C{n}": make(_generator(case.seed, -1 - n), case.seq_len) for n in range(1, MORE + 1)}
+
+
+def _maker(subject: Subject, case: Case) -> tuple[Make, bool]:
+    """Return how to draw an input of a length, and whether the length makes a difference."""
+    function, vocab = subject.options.inputs, subject.options.vocab_size
+    if function is None:
+        return lambda generator, length: (token_ids(generator, vocab, case.batch, length),), True
+    users = lambda generator, length: _users_inputs(subject, generator, case.batch, length)  # noqa: E731
+    return users, _takes_shape(function)
 
 
 def input_order(inputs: Inputs, tp_size: int | None = None) -> tuple[str, ...]:

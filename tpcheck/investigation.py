@@ -10,44 +10,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from tpcheck.checks import drift, run_checks, structural
+from tpcheck.checks import drift, drifts, run_checks, structural
 from tpcheck.comparison import relative
-from tpcheck.errors import SubjectError
-from tpcheck.evidence import (
-    Evidence,
-    distance,
-    noise_floor,
-    routing_flips,
-)
+from tpcheck.divergence import first_divergence
+from tpcheck.evidence import Evidence, distance, noise_floor, routing_flips, with_outputs
 from tpcheck.execution import Task
-from tpcheck.groups.jobs import Job, Ranks
-from tpcheck.inputs import input_order, make_inputs
-from tpcheck.localization import locate
-from tpcheck.numerics.drift import ASSUMED_ERROR, expected_ratio, floored, ratio_limit
+from tpcheck.groups.jobs import Job, JobFailed, Ranks
+from tpcheck.inputs import input_order, make_inputs, more_inputs
+from tpcheck.numerics.drift import ASSUMED_ERROR, expected_ratio, floored
 from tpcheck.numerics.tolerance import Tolerance, structural_limit
 from tpcheck.numerics.ulp import eps
 from tpcheck.observation.dispatch import Choice
 from tpcheck.records import FAIL, Check, FirstDivergence
 from tpcheck.spec import Case
 from tpcheck.subjects import Subject, SubjectRef
-from tpcheck.trace import RankFailure, Trace
+from tpcheck.trace import Trace
 
 _NOISE_SEED = 1
+_ROUNDINGS = 8
+"""Repetitions that round anew: nine independent errors where there was one."""
 _TIE = 1e-9
 """A choice between values closer than this (relative) is a tie that float64 rounding may break."""
-
-
-class JobFailed(Exception):
-    """A job ended without replies."""
-
-    def __init__(self, failure: RankFailure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +48,7 @@ class Settings:
     until: str = ""
     reduction: str = "ring"
     confirm: bool = True
+    locate: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +76,7 @@ class Investigation:
     ) -> None:
         self._ranks = ranks
         self._subject = subject
+        self._case = case
         self._dtype = dtype
         self._settings = settings
         self._inputs = make_inputs(subject, case, settings.tp_sizes)
@@ -107,6 +97,15 @@ class Investigation:
         Raises:
             JobFailed: a rank raised, died or hung; the failure says which and where.
         """
+        evidence, notes = self.evidence(tp_size)
+        checks = run_checks(evidence)
+        divergence, more = self._where(evidence, checks)
+        counts = checks["schedule"].facts.get("per_forward", {})
+        facts = evidence.deployed[0].facts
+        return Findings(checks, divergence, facts, counts, (*notes, *more))
+
+    def evidence(self, tp_size: int) -> tuple[Evidence, tuple[str, ...]]:
+        """Return what `findings` judges, and notes on how it came about. Raises as it does."""
         self._start_clock()
         oracle, base = self._oracle, self._base
         self._start_clock()
@@ -126,11 +125,7 @@ class Investigation:
             logits=self._subject.options.logits,
             **self._routing(deployed),
         )
-        evidence, notes = self._explained(evidence)
-        checks = run_checks(evidence)
-        divergence, more = self._first_divergence(evidence, checks)
-        counts = checks["schedule"].facts.get("per_forward", {})
-        return Findings(checks, divergence, deployed[0].facts, counts, (*notes, *more))
+        return self._explained(evidence)
 
     # TP=1, once for all degrees.
 
@@ -268,9 +263,10 @@ class Investigation:
         return replace(evidence, exact=self._run(task, evidence.tp_size)), (note,)
 
     def _with_expected_drift(self, evidence: Evidence) -> Evidence:
-        check = drift(evidence)
-        ratio, limit = check.facts.get("ratio"), check.facts.get("limit")
-        if check.outcome != FAIL or ratio is None or ratio <= limit or not evidence.exact:
+        again = self._measured_again(evidence)
+        while drifts(drift(evidence)) and (more := next(again, None)) is not None:
+            evidence = more
+        if not drifts(drift(evidence)) or not evidence.exact:
             return evidence
         coarse = {
             cast.target
@@ -290,7 +286,10 @@ class Investigation:
             watch=False,
         )
         noisy = self._run(task, evidence.tp_size)[0]
-        response, _, _ = distance(noisy, evidence.exact[0])
+        still = evidence.exact[0]
+        if self._pinned:  # else choices that a fault flips would count as rounding
+            still = self._run(replace(task, noise_dtype=""), evidence.tp_size)[0]
+        response, _, _ = distance(noisy, still)
         oracle = evidence.oracle
         assert oracle is not None
         error, magnitude, _ = distance(evidence.base, oracle)
@@ -302,6 +301,37 @@ class Investigation:
             return evidence
         source = "the rounding of this case's own partials, injected into float64"
         return replace(evidence, expected=expected, expected_source=source)
+
+    def _measured_again(self, evidence: Evidence) -> Iterator[Evidence]:
+        """Yield the evidence with more and more runs beside it, before an alarm rests on a few.
+
+        Other inputs first. Where one token carries the error (a norm of few channels), as many of
+        them as one likes are still that one token: then weights that are an ulp apart, because
+        they round anew.
+        """
+        inputs = more_inputs(self._subject, self._case)
+        task = replace(self._task, inputs=inputs, order=tuple(inputs))
+        evidence = self._with_runs(evidence, task, "")
+        yield evidence
+        order = tuple(dict.fromkeys(input_order(self._inputs, evidence.tp_size)))
+        for seed in range(1, _ROUNDINGS + 1):
+            task = replace(self._task, order=order, other_weights=seed)
+            evidence = self._with_runs(evidence, task, f" with other weights {seed}")
+        yield evidence
+
+    def _with_runs(self, evidence: Evidence, task: Task, suffix: str) -> Evidence:
+        if evidence.oracle is not None:
+            wide = self._run(replace(task, dtype=self._oracle_dtype, watch=True), 1)[0]
+            pinned = wide.extras["choices"]
+            task = replace(task, watch=bool(pinned), pinned=pinned)
+            evidence = replace(evidence, oracle=with_outputs(evidence.oracle, wide, suffix))
+        base, deployed = self._run(task, 1)[0], self._run(task, evidence.tp_size)[0]
+        first, *others = evidence.deployed
+        return replace(
+            evidence,
+            base=with_outputs(evidence.base, base, suffix),
+            deployed=[with_outputs(first, deployed, suffix), *others],
+        )
 
     def _with_coarse_base(self, evidence: Evidence, coarse: set[str]) -> Evidence:
         """Where TP=1 rounds coarser than the deployed dtype itself, that is its own error.
@@ -332,51 +362,14 @@ class Investigation:
             "routing_pinned": pinned,
         }
 
-    # Where.
-
-    def _first_divergence(
+    def _where(
         self, evidence: Evidence, checks: Mapping[str, Check]
     ) -> tuple[FirstDivergence | None, tuple[str, ...]]:
-        failed = {name for name, check in checks.items() if check.outcome == FAIL}
-        exact = {"structural", "decode", "rank_agreement"} & failed and evidence.exact
-        if not exact and not (failed & {"drift", "rank_agreement"} or self._settings.until):
+        if not self._settings.locate:
             return None, ()
-        try:
-            where = str(checks["structural"].facts.get("worst_input", "A"))
-            if exact or (self._settings.until and not failed):
-                return self._locate_exact(evidence, where), ()
-            return self._locate_deployed(evidence), ()
-        except JobFailed as error:
-            if self._settings.until and isinstance(error.failure.exception, SubjectError):
-                raise  # the user asked for a module that is not there
-            return None, (f"localization stopped: {error}",)
-
-    def _locate_exact(self, evidence: Evidence, input_id: str) -> FirstDivergence | None:
-        task = replace(self._task, dtype="float64", trace=input_id, until=self._settings.until)
-        reference = self._run(task, 1)[0]
-        replay = {
-            fqn: record.input
-            for fqn, record in reference.extras["points"].items()
-            if record.in_placement is not None and record.input is not None
-        }
-        try:
-            traces = self._run(replace(task, replay=replay), evidence.tp_size)
-        except JobFailed:  # a module that cannot run alone; then the forward has to do
-            traces = self._run(task, evidence.tp_size)
-        return locate(reference, traces, limit=structural_limit(evidence.floor.relative_rms))
-
-    def _locate_deployed(self, evidence: Evidence) -> FirstDivergence | None:
-        task = replace(self._task, trace="A", until=self._settings.until)
-        base = self._run(task, 1)[0]
-        wide = replace(task, dtype=self._oracle_dtype) if self._oracle_dtype else task
-        reference = self._run(wide, 1)[0]
-        traces = self._run(task, evidence.tp_size)
-        return locate(
-            reference,
-            traces,
-            limit=eps(self._dtype),
-            base=base,
-            ratio_limit=ratio_limit(evidence.expected),
+        until = self._settings.until
+        return first_divergence(
+            replace(self._task, until=until), self._run, evidence, checks, self._oracle_dtype
         )
 
     # Jobs.

@@ -90,7 +90,10 @@ class FirstDivergence:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The outcome of one (case, degree, dtype). Its key is (case_id, tp_size, dtype)."""
+    """The outcome of one (case, degree, dtype). Its key is (case_id, tp_size, dtype).
+
+    `repro` is a command that repeats it, `script` a program that shows it with torch alone.
+    """
 
     case_id: str
     tp_size: int
@@ -100,6 +103,7 @@ class Verdict:
     reasons: tuple[str, ...] = ()
     first_divergence: FirstDivergence | None = None
     repro: str = ""
+    script: str = ""
 
 
 @dataclass(frozen=True, slots=True)

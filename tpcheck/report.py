@@ -126,7 +126,7 @@ def _verdict_to_json(verdict: Verdict) -> Json:
         "reasons": verdict.reasons,
         "first_divergence": None if first is None else _divergence_to_json(first),
         "repro": verdict.repro,
-    }
+    } | ({"script": verdict.script} if verdict.script else {})
 
 
 def _check_to_json(check: Check) -> Json:
@@ -185,6 +185,7 @@ def _verdict_from_json(item: JsonReader) -> Verdict:
         if first is None
         else _divergence_from_json(item.reader("first_divergence")),
         repro=item.get("repro", str, default=""),
+        script=item.get("script", str, default=""),
     )
     failed = [name for name, check in verdict.checks.items() if _decides(name, check)]
     if verdict.outcome == PASS and failed:

@@ -19,18 +19,28 @@ from tpcheck.subjects import Subject, SubjectRef
 
 DEFAULT_TP_SIZES = (2, 4, 8)
 DEFAULT_BATCH = 2
+DEFAULT_GENERATED = 25
+"""Cases of a subject that takes specs, where --cases does not say: seconds on simulated ranks."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """Everything a run needs, checked before a process is started."""
+    """Everything a run needs, checked before a process is started.
+
+    `cases` are those to run; none where up to `limit` are to be generated, with `seed`, `batch` and
+    `seq_len` as asked.
+    """
 
     ref: SubjectRef
     subject: Subject
     tp_sizes: tuple[int, ...]
     dtypes: tuple[str, ...]
     cases: tuple[Case, ...]
+    limit: int
+    seed: int
+    batch: int | None
+    seq_len: int | None
     settings: Settings
     backend: str
     ranks_per_gpu: int | None
@@ -47,7 +57,7 @@ def make_run_plan(
     backend: str,
     ranks_per_gpu: int | None,
     dtypes: Sequence[str],
-    cases: int,
+    cases: int | None,
     max_failures: int | None,
     case: str | None,
     batch: int | None,
@@ -72,20 +82,38 @@ def make_run_plan(
         )
     degrees = _degrees(subject, tp_sizes, backend, ranks_per_gpu)
     first = Case(seed, batch or DEFAULT_BATCH, seq_len or longest)
-    several = tuple(replace(first, seed=seed + offset) for offset in range(cases))
+    generates = subject.options.specs is not None and one is None
+    limit = cases or (DEFAULT_GENERATED if generates else 1)
+    several = tuple(replace(first, seed=seed + offset) for offset in range(limit))
+    fixed = several if one is None else (one,)
+    if one is not None and (one.spec is None) != (subject.options.specs is None):
+        raise TPCheckError(_wrong_kind_of_case(subject, one))
     return RunPlan(
         ref=ref,
         subject=subject,
         tp_sizes=degrees,
         dtypes=tuple(dict.fromkeys(dtypes)),
-        cases=several if one is None else (one,),
+        cases=() if generates else fixed,
+        limit=limit,
+        seed=seed,
+        batch=batch,
+        seq_len=seq_len,
         settings=replace(settings, tp_sizes=degrees),
-        backend=backend,
+        backend="sim" if generates and backend == "auto" else backend,
         ranks_per_gpu=ranks_per_gpu,
         max_failures=max_failures,
         options=options,
         asked=tp_sizes is not None,
     )
+
+
+def _wrong_kind_of_case(subject: Subject, case: Case) -> str:
+    if case.spec is None:
+        return (
+            f"case={case.id!r}: {subject.name} takes specs, so a case should carry one:"
+            ' s7-b2-t16+{"vocab_size":...}, as a report prints it'
+        )
+    return f"case={case.id!r} carries a spec, but {subject.name} takes none"
 
 
 def _degrees(

@@ -33,12 +33,17 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What one rank holds. `vocab` is the real rows only: it may be short, or empty, at the end."""
+    """What one rank holds. `vocab` is the real rows only: it may be short, or empty, at the end.
+
+    `intermediate` is empty where experts take the MLP's place; the other two where none do.
+    """
 
     query_heads: Span
     kv_heads: Span
     intermediate: Span
     vocab: Span
+    moe_intermediate: Span
+    shared_expert_intermediate: Span
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,8 @@ def make_shard_plan(spec: ModelSpec, tp_size: int) -> ShardPlan:
     """Decide what each of `tp_size` ranks holds.
 
     Raises:
-        IllegalDegreeError: heads, KV heads or intermediate_size cannot be split this way; names
-            every broken rule with its numbers and the degrees that fit.
+        IllegalDegreeError: heads, KV heads or the width of the MLP or its experts cannot be split
+            this way; names every broken rule with its numbers and the degrees that fit.
     """
     problems = _problems(spec, tp_size)
     if problems:
@@ -100,11 +105,31 @@ def _rank_plan(spec: ModelSpec, tp_size: int, rank: int, vocab_rows: int) -> Ran
     else:
         kv_span = _piece(kv_heads, tp_size, rank)
     first_row = rank * vocab_rows
+    dense, routed, shared = (_piece(width.size, tp_size, rank) for width in _widths(spec))
     return RankPlan(
         query_heads=_piece(spec.num_attention_heads, tp_size, rank),
         kv_heads=kv_span,
-        intermediate=_piece(spec.intermediate_size, tp_size, rank),
+        intermediate=dense,
         vocab=Span(min(first_row, spec.vocab_size), min(first_row + vocab_rows, spec.vocab_size)),
+        moe_intermediate=routed,
+        shared_expert_intermediate=shared,
+    )
+
+
+class _Width(NamedTuple):
+    where: str
+    name: str
+    size: int
+
+
+def _widths(spec: ModelSpec) -> tuple[_Width, _Width, _Width]:
+    """Return what is split by features, 0 wide where the spec has no such part."""
+    dense = 0 if spec.num_experts else spec.intermediate_size
+    shared = spec.shared_expert_intermediate_size
+    return (
+        _Width("layers.*.mlp", "intermediate_size", dense),
+        _Width("layers.*.mlp.experts.*", "moe_intermediate_size", spec.moe_intermediate_size),
+        _Width("layers.*.mlp.shared_expert", "shared_expert_intermediate_size", shared),
     )
 
 
@@ -140,13 +165,10 @@ def _problems(spec: ModelSpec, tp_size: int) -> list[_Problem]:
                 ("some ranks' query heads would need parts of two KV groups",),
             )
         )
-    if spec.intermediate_size % tp_size:
-        found.append(
-            _Problem(
-                f"layers.*.mlp: intermediate_size={spec.intermediate_size},"
-                f" but should be divisible by tp_size={tp_size}"
-            )
-        )
+    for where, name, size in _widths(spec):
+        if size % tp_size:
+            line = f"{where}: {name}={size}, but should be divisible by tp_size={tp_size}"
+            found.append(_Problem(line))
     return found
 
 

@@ -7,6 +7,7 @@ records alone, without torch and without tensors. Field names are Hugging Face's
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,12 @@ class ModelSpec:
     absent. `qk_norm`: "none", "per_head" (Qwen3) or "across_heads" (OLMo-2). `norm_type`: "rms" or
     "layer". `mlp`: "gated" (SwiGLU family) or "plain" (GPT-2, two linears). `position`: "rope" or
     "learned". `sliding_window` of 0 means full attention; else it holds in every layer.
+
+    `num_experts` of 0 is a dense model; else every layer's MLP is a router over that many experts,
+    `intermediate_size` is what `moe_intermediate_size` of 0 is derived from (Mixtral gives no
+    other), `mlp_bias` gives biases to the routed experts only, and
+    `shared_expert_intermediate_size` above 0 adds one expert for every token, behind a sigmoid gate
+    (Qwen2-MoE).
     """
 
     vocab_size: int
@@ -80,6 +87,11 @@ class ModelSpec:
     qk_norm: str = "none"
     tie_word_embeddings: bool = False
     sliding_window: int = 0
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    shared_expert_intermediate_size: int = 0
     model_type: str = "llama"
 
     def __post_init__(self) -> None:
@@ -103,6 +115,9 @@ class ModelSpec:
             raise PlanError(f"head_dim={self.head_dim}, but should be even: rope turns pairs")
         if isinstance(self.rope_scaling, Mapping):
             set_(self, "rope_scaling", RopeScaling.from_fields(self.rope_scaling))
+        _require_experts(self)
+        if self.num_experts and self.moe_intermediate_size == 0:
+            set_(self, "moe_intermediate_size", self.intermediate_size)
 
     def _require_values(self) -> None:
         for name in (*_SIZES, *_OPTIONAL_SIZES):
@@ -149,12 +164,18 @@ _SIZES = (
     "num_key_value_heads",
     "max_position_embeddings",
 )
-_OPTIONAL_SIZES = ("head_dim", "sliding_window")
+_EXPERT_SIZES = (
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
+_OPTIONAL_SIZES = ("head_dim", "sliding_window", "num_experts", *_EXPERT_SIZES)
 _FLAGS = (
     "attention_bias",
     "attention_out_bias",
     "mlp_bias",
     "lm_head_bias",
+    "norm_topk_prob",
     "tie_word_embeddings",
 )
 _CHOICES = {
@@ -164,6 +185,25 @@ _CHOICES = {
     "position": ("rope", "learned"),
     "hidden_act": ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"),
 }
+
+
+def _require_experts(spec: ModelSpec) -> None:
+    """Raise when the fields of a mixture of experts contradict each other."""
+    chosen, experts = spec.num_experts_per_tok, spec.num_experts
+    if experts == 0:
+        for name in (*_EXPERT_SIZES, "norm_topk_prob"):
+            if getattr(spec, name):
+                raise PlanError(
+                    f"{name}={getattr(spec, name)!r}, but should be left out where num_experts=0:"
+                    " a dense model has no experts"
+                )
+        return
+    if not 1 <= chosen <= experts:
+        raise PlanError(
+            f"num_experts_per_tok={chosen}, but should be from 1 to num_experts={experts}"
+        )
+    if spec.mlp != "gated":
+        raise PlanError(f"mlp={spec.mlp!r}, but should be 'gated' where num_experts={experts}")
 
 
 def _require_positive(name: str, value: object) -> None:
@@ -176,29 +216,55 @@ def _require_positive(name: str, value: object) -> None:
 class Case:
     """One point of a run: the inputs and weights of a subject, before any degree or dtype.
 
-    `id` excludes tp_size and dtype: a verdict's key is (case id, tp_size, dtype).
+    `id` excludes tp_size and dtype: a verdict's key is (case id, tp_size, dtype). `spec` is what
+    was generated for a subject that takes one; None for a subject that is one model.
     """
 
     seed: int
     batch: int
     seq_len: int
+    spec: ModelSpec | None = None
 
     @property
     def id(self) -> str:
-        """Return the stable name of this case, which `--case` takes: `s7-b2-t16`."""
-        return f"s{self.seed}-b{self.batch}-t{self.seq_len}"
+        """Return the stable name of this case, which `--case` takes: `s7-b2-t16`.
+
+        A generated spec follows as JSON, without the fields that have their default:
+        `s7-b2-t16+{"vocab_size":11,...}`.
+        """
+        name = f"s{self.seed}-b{self.batch}-t{self.seq_len}"
+        if self.spec is None:
+            return name
+        return f"{name}+{json.dumps(_fields_set(self.spec), separators=(',', ':'))}"
 
     @classmethod
     def parse(cls, case_id: str) -> Case:
         """Return the case a name stands for.
 
         Raises:
-            TPCheckError: the name is not of the form `s7-b2-t16`.
+            TPCheckError: the name is not of the form `s7-b2-t16` or `s7-b2-t16+{...}`.
+            PlanError: the fields after the + make no spec.
         """
-        match = re.fullmatch(r"s(\d+)-b(\d+)-t(\d+)", case_id)
+        match = re.fullmatch(r"s(\d+)-b(\d+)-t(\d+)(?:\+(\{.*\}))?", case_id, re.DOTALL)
         if match is None:
             raise TPCheckError(
                 f"case={case_id!r}, but should look like s7-b2-t16 (seed, batch, length)"
             )
-        seed, batch, seq_len = map(int, match.groups())
-        return cls(seed, batch, seq_len)
+        seed, batch, seq_len = map(int, match.groups()[:3])
+        if match[4] is None:
+            return cls(seed, batch, seq_len)
+        try:
+            fields = json.loads(match[4])
+        except ValueError as error:
+            raise TPCheckError(f"case={case_id!r}: the spec is not JSON: {error}") from error
+        return cls(seed, batch, seq_len, ModelSpec.from_fields(fields))
+
+
+def _fields_set(spec: ModelSpec) -> dict[str, Any]:
+    """Return the fields of a spec that differ from their default."""
+    values = spec.to_fields()
+    return {
+        field.name: values[field.name]
+        for field in dataclasses.fields(spec)
+        if values[field.name] != field.default
+    }

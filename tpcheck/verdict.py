@@ -76,7 +76,8 @@ def judge_failure(
         f"rank {rank} stack:\n{text.rstrip()}" for rank, text in sorted(failure.stacks.items())
     ]
     nothing = Check(SKIPPED, "the run did not finish")
-    stopped = Check(FAIL, failure.message, {"kind": failure.kind, "rank": failure.rank})
+    rank = {} if failure.rank is None else {"rank": failure.rank}
+    stopped = Check(FAIL, failure.message, {"kind": failure.kind, **rank})
     checks = {"plan": Check(PASS), "structural": nothing, "drift": nothing, "schedule": stopped}
     return Verdict(case.id, tp_size, dtype, "ERROR", checks, tuple(lines), None, repro)
 

@@ -8,45 +8,26 @@ path a deployment would take.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tpcheck import environment
-from tpcheck.errors import BackendError, IllegalDegreeError, PlanError, SubjectError
-from tpcheck.faults import FAULTS
+from tpcheck.generated import generated_verdicts
 from tpcheck.groups.jobs import Ranks
 from tpcheck.groups.opening import open_ranks
-from tpcheck.investigation import Findings, Investigation, JobFailed, Settings
+from tpcheck.investigation import Settings
+from tpcheck.judging import CaseJudge, Seen
 from tpcheck.numerics.tolerance import users_tolerance
-from tpcheck.records import CHECK_NAMES, FAIL, Path, Report, Verdict
+from tpcheck.records import PASS, Path, Report, Verdict
 from tpcheck.run_plan import (
-    DEFAULT_TP_SIZES,
     RunPlan,
     make_run_plan,
     positive,
-    repro_line,
     repro_options,
 )
-from tpcheck.shard_plan import make_shard_plan
-from tpcheck.spec import Case, ModelSpec
-from tpcheck.strategies import draw_spec
-from tpcheck.subjects import Subject, make_ref, resolve, with_spec
-from tpcheck.verdict import accepted_illegal, judge, judge_failure, refused, refused_as_planned
-
-CONFIRM_UP_TO = 16
-"""Largest degree whose simulated failure is confirmed on real ranks: more processes than that
-cost minutes on a laptop."""
+from tpcheck.sensitivity import with_sensitivity
+from tpcheck.subjects import make_ref, resolve
 
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What runs left behind besides verdicts."""
-
-    facts: dict[str, Any] = field(default_factory=dict)
-    collectives: dict[str, int] = field(default_factory=dict)
-    label: str = ""
 
 
 def run(
@@ -56,7 +37,7 @@ def run(
     backend: str = "auto",
     ranks_per_gpu: int | None = None,
     dtypes: Sequence[str] = ("bfloat16",),
-    cases: int = 1,
+    cases: int | None = None,
     max_failures: int | None = None,
     case: str | None = None,
     until: str | None = None,
@@ -66,6 +47,7 @@ def run(
     atol: float | None = None,
     rtol: float | None = None,
     preset: str | None = None,
+    sensitivity: bool = False,
     timeout_s: float = 120.0,
     confirm: bool = True,
     progress: Progress | None = None,
@@ -80,8 +62,10 @@ def run(
         backend: auto, sim, gloo or nccl.
         ranks_per_gpu: several NCCL ranks on one GPU; the result is labelled nccl-loopback.
         dtypes: deployed dtypes: bfloat16, float16, float32.
-        cases: how many cases (seeds seed, seed+1, ...) to try.
-        max_failures: stop after this many verdicts that are not PASS.
+        cases: how many cases to try: seeds seed, seed+1, ..., 1 by default; for a subject that
+            takes specs, how many to generate, 25 by default.
+        max_failures: stop after this many verdicts that are not PASS; a search of generated cases
+            stops at the first unless this says otherwise.
         case: the id of the one case to run, as a report prints it.
         until: FQN of the traced module after which localization stops.
         batch: rows per input, 2 by default.
@@ -90,6 +74,7 @@ def run(
         atol: a user's tolerance against TP=1; failing it is DRIFT.
         rtol: its relative part.
         preset: a named tolerance, `seed-1e-2`.
+        sensitivity: plant faults in the subject and say which of them the checks catch.
         timeout_s: seconds one case may take at one degree.
         confirm: hold failures seen in simulation only against real ranks.
         progress: called as (verdicts done, verdicts in all, what is next).
@@ -128,129 +113,37 @@ def run(
         ),
         options=repro_options(backend, batch, seq_len, atol, rtol, preset),
     )
-    seen = _Seen()
+    seen = Seen()
     with open_ranks(plan.backend, max(plan.tp_sizes), plan.ranks_per_gpu) as ranks:
         seen.label = ranks.label
-        verdicts = tuple(_verdicts(plan, ranks, seen, progress))
-    return _report(plan, verdicts, seen)
+        verdicts_of = _verdicts if plan.cases else generated_verdicts
+        verdicts = tuple(verdicts_of(plan, ranks, seen, progress))
+        report = _report(plan, verdicts, seen)
+        return with_sensitivity(report, plan, ranks, progress) if sensitivity else report
 
 
 def _verdicts(
-    plan: RunPlan, ranks: Ranks, seen: _Seen, progress: Progress | None
+    plan: RunPlan, ranks: Ranks, seen: Seen, progress: Progress | None
 ) -> Iterator[Verdict]:
     total = len(plan.cases) * len(plan.dtypes) * len(plan.tp_sizes)
     done = failures = 0
     for case in plan.cases:
-        subject, spec = _drawn(plan.subject, case)
         for dtype in plan.dtypes:
-            investigation = Investigation(ranks, plan.ref, subject, case, dtype, plan.settings)
+            judge = CaseJudge(plan, ranks, case, dtype, seen, plan.settings)
             for tp_size in plan.tp_sizes:
                 if progress is not None:
                     progress(done, total, f"{case.id} tp={tp_size} {dtype}")
-                verdict = _verdict(plan, investigation, subject, spec, case, tp_size, dtype, seen)
-                if _needs_confirmation(plan, ranks, verdict):
-                    verdict = _confirmed(plan, subject, case, tp_size, dtype, verdict)
+                verdict = judge.confirmed(tp_size)
                 yield verdict
                 done += 1
-                failures += verdict.outcome != "PASS"
+                failures += verdict.outcome != PASS
                 if plan.max_failures is not None and failures >= plan.max_failures:
                     return
     if progress is not None:
         progress(done, total, "done")
 
 
-def _drawn(subject: Subject, case: Case) -> tuple[Subject, ModelSpec | None]:
-    """Return the subject with the spec this case draws, for one that takes specs."""
-    if subject.options.specs is None:
-        return subject, None
-    spec = draw_spec(subject.options.specs, case.seed)
-    return with_spec(subject, spec), spec
-
-
-def _verdict(
-    plan: RunPlan,
-    investigation: Investigation,
-    subject: Subject,
-    drawn: ModelSpec | None,
-    case: Case,
-    tp_size: int,
-    dtype: str,
-    seen: _Seen,
-) -> Verdict:
-    repro = repro_line(plan, case, tp_size, dtype)
-    illegal = _refusal(subject, tp_size)
-    if illegal is not None and drawn is None:
-        return refused(case, tp_size, dtype, str(illegal), repro=repro)
-    try:
-        found = investigation.findings(tp_size)
-    except JobFailed as error:
-        failure = error.failure
-        _raise_if_the_users(failure.exception)
-        if illegal is not None and isinstance(failure.exception, IllegalDegreeError):
-            return refused_as_planned(case, tp_size, dtype, str(illegal), repro=repro)
-        return judge_failure(case, tp_size, dtype, failure, repro=repro)
-    if illegal is not None:
-        return accepted_illegal(case, tp_size, dtype, str(illegal), repro=repro)
-    _remember(seen, found)
-    return judge(
-        case,
-        tp_size,
-        dtype,
-        found.checks,
-        repro=repro,
-        first_divergence=found.first_divergence,
-        notes=found.notes,
-    )
-
-
-def _refusal(subject: Subject, tp_size: int) -> IllegalDegreeError | None:
-    if subject.options.spec is None:
-        return None
-    try:
-        make_shard_plan(subject.options.spec, tp_size)
-    except IllegalDegreeError as error:
-        return error
-    return None
-
-
-def _raise_if_the_users(error: BaseException | None) -> None:
-    """A subject that breaks its own declaration is a usage error, not a verdict."""
-    if isinstance(error, (SubjectError, BackendError, PlanError)):
-        raise error
-
-
-def _remember(seen: _Seen, found: Findings) -> None:
-    seen.facts |= found.facts
-    seen.collectives |= found.collectives
-
-
-def _needs_confirmation(plan: RunPlan, ranks: Ranks, verdict: Verdict) -> bool:
-    simulated = ranks.label == "sim" and plan.settings.confirm
-    return simulated and verdict.outcome in ("WRONG", "ERROR")
-
-
-def _confirmed(
-    plan: RunPlan, subject: Subject, case: Case, tp_size: int, dtype: str, simulated: Verdict
-) -> Verdict:
-    """Hold a failure seen only in simulation against real ranks before it counts."""
-    if tp_size > CONFIRM_UP_TO or tp_size == 1:
-        note = f"simulated only: tp={tp_size} was not confirmed on real ranks"
-        return replace(simulated, reasons=(*simulated.reasons, note))
-    settings = replace(plan.settings, tp_sizes=(tp_size,))
-    with open_ranks("gloo", tp_size, None) as ranks:
-        investigation = Investigation(ranks, plan.ref, subject, case, dtype, settings)
-        drawn = subject.options.spec if subject.options.specs is not None else None
-        real = _verdict(plan, investigation, subject, drawn, case, tp_size, dtype, _Seen())
-    if real.outcome == simulated.outcome:
-        return replace(simulated, reasons=(*simulated.reasons, "confirmed on gloo"))
-    note = (
-        f"{simulated.outcome} in simulation but {real.outcome} on gloo: the subject shares process"
-        " state between ranks, so use --backend gloo"
-    )
-    return replace(real, reasons=(*real.reasons, note))
-
-
-def _report(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: _Seen) -> Report:
+def _report(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: Seen) -> Report:
     facts = environment.collect()
     facts |= {"backend": seen.label, "subject": seen.facts}
     differences = [] if seen.label == "nccl" else [f"backend {seen.label}, not nccl"]
@@ -265,90 +158,15 @@ def _report(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: _Seen) -> Report
     )
 
 
-def _notes(plan: RunPlan, seen: _Seen) -> tuple[str, ...]:
+def _notes(plan: RunPlan, seen: Seen) -> tuple[str, ...]:
     sizes = ", ".join(map(str, plan.tp_sizes))
     degrees = () if plan.asked else (f"degrees {sizes} are those of the default that can be run",)
     said = seen.facts.get("note")
-    return (*degrees, str(said)) if said else degrees
+    searched = () if plan.cases else (_searched(plan, seen),)
+    return (*degrees, *searched, *([str(said)] if said else []))
 
 
-@dataclass(frozen=True, slots=True)
-class FaultResult:
-    """Which checks caught one planted fault, at every degree and dtype it was planted at.
-
-    caught_by: checks that failed everywhere. drift_ratio: the smallest eN/e1 seen. expected: the
-    check that has to catch it. drift: whether drift alone did, everywhere. reason: why it did not.
-    """
-
-    fault: str
-    thread: str
-    expected: str
-    caught_by: tuple[str, ...]
-    drift: bool
-    drift_expected: bool
-    cases_needed: int
-    reason: str | None
-
-    @property
-    def survived(self) -> bool:
-        """True when the check that names it missed it, or drift missed what it can see."""
-        return self.expected not in self.caught_by or (self.drift_expected and not self.drift)
-
-
-def selfcheck(
-    tp_sizes: Sequence[int] = DEFAULT_TP_SIZES,
-    dtypes: Sequence[str] = ("bfloat16",),
-    *,
-    backend: str = "sim",
-    seed: int = 0,
-    faults: Sequence[str] | None = None,
-    progress: Progress | None = None,
-) -> list[FaultResult]:
-    """Plant every known fault in the reference decoder and say which check catches it.
-
-    Simulated failures are not confirmed on real ranks here: the faults are known to be faults.
-
-    Raises:
-        TPCheckError: an unknown fault, degree, dtype or backend.
-    """
-    names = list(FAULTS if faults is None else faults)
-    results = []
-    for done, name in enumerate(names):
-        if progress is not None:
-            progress(done, len(names), name)
-        results.append(_planted(name, tp_sizes, dtypes, backend, seed))
-    if progress is not None:
-        progress(len(names), len(names), "done")
-    return results
-
-
-def _planted(
-    name: str, tp_sizes: Sequence[int], dtypes: Sequence[str], backend: str, seed: int
-) -> FaultResult:
-    fault = FAULTS.get(name)
-    if fault is None:
-        raise SubjectError(f"fault={name!r}, but should be one of {', '.join(FAULTS)}")
-    shown = [dtype for dtype in dtypes if not fault.dtypes or dtype in fault.dtypes]
-    report = run(
-        f"builtin:llama-tiny+{name}",
-        [size for size in tp_sizes if size >= fault.min_tp],
-        backend=backend,
-        dtypes=shown or fault.dtypes,
-        seed=seed,
-        confirm=False,
-    )
-    failed = [
-        {check for check, result in verdict.checks.items() if result.outcome == FAIL}
-        for verdict in report.verdicts
-    ]
-    everywhere = set.intersection(*failed)
-    return FaultResult(
-        fault=name,
-        thread=fault.thread,
-        expected=fault.caught_by,
-        caught_by=tuple(check for check in CHECK_NAMES if check in everywhere),
-        drift="drift" in everywhere,
-        drift_expected=fault.drift,
-        cases_needed=1,
-        reason=None if fault.drift else fault.reason,
-    )
+def _searched(plan: RunPlan, seen: Seen) -> str:
+    """Say what a search rests on."""
+    said = f"up to {plan.limit} generated cases on {seen.label} ranks"
+    return f"{said}; {seen.confirmed} verdicts held against gloo" if seen.label == "sim" else said

@@ -132,3 +132,53 @@ def test_a_tolerance_below_the_floor() -> None:
 
         path    nccl · 4 all_reduce
         ran on  torch 2.13.0 · python 3.11.7 · device cpu · tpcheck 0.1.0""")  # noqa: E501
+
+
+def test_remarks_and_a_script_are_never_cut_off_and_stacks_show_the_users_frames() -> None:
+    stack = (
+        "rank 0 stack:\n"
+        '  File "/env/tpcheck/execution.py", line 7, in execute\n'
+        "    output = function(*arguments)\n"
+        '  File "/env/torch/nn/modules/module.py", line 9, in _call_impl\n'
+        "    return forward_call(*args)\n"
+        '  File "/home/models.py", line 5, in forward\n'
+        "    return tp.all_reduce(y)\n"
+        '  File "/env/tpcheck/groups/base.py", line 3, in all_reduce\n'
+        "    return self._call(x)\n"
+    )
+    error = Verdict(
+        "s0-b1-t1",
+        2,
+        "bfloat16",
+        "ERROR",
+        {"schedule": Check("FAIL", "rank 0 waits in all_reduce", {"kind": "schedule"})},
+        ("rank 0 waits in all_reduce", stack, "confirmed on gloo"),
+        None,
+        "tpcheck run models.py:build --tp 2",
+        "import torch\nprint(1)\n",
+    )
+    text = render_text(Report("models.py:build", (error,), ENVIRONMENT, GLOO, "0.1.0"))
+    assert (
+        dedent("""\
+        ERROR  s0-b1-t1 tp=2 bfloat16
+          rank 0 waits in all_reduce
+          rank 0 stack:
+            File "/home/models.py", line 5, in forward
+              return tp.all_reduce(y)
+          confirmed on gloo
+          schedule  kind schedule
+          repro: tpcheck run models.py:build --tp 2
+          next:  read the first reason: it names the rank, and what the others waited for
+          the same with torch alone:
+
+        import torch
+        print(1)""")
+        in text
+    )
+
+
+def test_what_follows_the_checks_is_shown_whatever_their_number() -> None:
+    reasons = ("structural: a", "drift: b", "decode: c", "tiling: d", "confirmed on gloo")
+    verdict = Verdict("s0-b1-t1", 2, "bfloat16", "WRONG", {}, reasons)
+    text = render_text(Report("m.py:b", (verdict,), ENVIRONMENT, GLOO, "0.1.0"))
+    assert "  ... and 1 more reason\n  confirmed on gloo\n" in text

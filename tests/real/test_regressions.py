@@ -17,7 +17,8 @@ import torch.nn.functional as F
 import tpcheck
 from tpcheck.inputs import make_inputs, token_ids
 from tpcheck.records import Verdict
-from tpcheck.spec import Case
+from tpcheck.reference.decoder import build_decoder
+from tpcheck.spec import Case, ModelSpec, RopeScaling
 from tpcheck.subjects import make_ref, resolve
 
 VOCAB, HIDDEN, FFN = 96, 32, 64
@@ -371,3 +372,96 @@ def test_inputs_do_not_depend_on_the_degrees_asked_for_and_run_long_to_short():
     alone, both = make_inputs(loaded, case, (4,)), make_inputs(loaded, case, (2, 4, 8))
     assert all(torch.equal(alone[key][0], both[key][0]) for key in alone)
     assert list(alone) == ["t5", "t4", "t3", "t1", "A", "B"]
+
+
+FEW_ERRORS = ModelSpec(
+    vocab_size=9,
+    hidden_size=4,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=12,
+    head_dim=4,
+    norm_type="layer",
+    position="learned",
+    max_position_embeddings=64,
+    attention_bias=True,
+)
+"""Four channels behind a LayerNorm: the logits' errors are few, and A and B alone gave 3.002."""
+
+
+def test_an_alarm_that_rests_on_few_errors_is_measured_again():
+    @tpcheck.subject(spec=FEW_ERRORS, seq_len=3)
+    def build(tp):
+        return build_decoder(FEW_ERRORS, tp)
+
+    (verdict,) = verdicts(build, (4,))
+    drift = verdict.checks["drift"]
+    assert verdict.outcome == "PASS"
+    assert 2 < drift.facts["ratio"] < drift.facts["limit"]
+
+
+def test_what_drifts_still_drifts_on_more_inputs():
+    @tpcheck.subject(spec=FEW_ERRORS, seq_len=3)
+    def build(tp):
+        decoder = build_decoder(FEW_ERRORS, tp)
+        if tp.size > 1:
+            coarse = lambda y: y if y.dtype == torch.float64 else (y * 8).round() / 8  # noqa: E731
+            decoder.layers[0].register_forward_hook(lambda _, __, y: coarse(y))
+        return decoder
+
+    (verdict,) = verdicts(build, (4,))
+    assert verdict.outcome == "DRIFT"
+    assert verdict.checks["structural"].outcome == "PASS"
+
+
+def test_choices_that_a_fault_flips_are_no_rounding():
+    (verdict,) = verdicts("builtin:llama-tiny+router_of_one_rank", (4,))
+    drift = verdict.checks["drift"]
+    assert drift.outcome == "FAIL"
+    assert drift.facts["limit"] < 10
+
+
+def test_rounding_floating_inputs_is_no_cast_of_the_subject():
+    def inputs(generator, batch, seq_len):
+        return torch.randn((batch, seq_len, 8), generator=generator)
+
+    @tpcheck.subject(inputs=inputs, seq_len=3)
+    def build(tp):
+        w = tp.weight("w", 8, 8)
+        return lambda x: tp.all_reduce(x @ w.T / tp.size)
+
+    for verdict in verdicts(build):
+        structural = verdict.checks["structural"]
+        assert structural.outcome == "PASS"
+        assert (structural.facts["dtype"], structural.facts["limit"]) == ("float64", 1e-12)
+
+
+ONE_TOKENS_ERRORS = ModelSpec(
+    vocab_size=34,
+    hidden_size=4,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=54,
+    num_key_value_heads=2,
+    head_dim=8,
+    norm_type="layer",
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling("linear", 2.0),
+    max_position_embeddings=64,
+    attention_bias=True,
+    attention_out_bias=True,
+    mlp_bias=True,
+    qk_norm="per_head",
+    sliding_window=1,
+)
+"""A LayerNorm of four channels blows up one token's error: 4.32 whatever inputs stood beside it."""
+
+
+def test_an_alarm_that_one_token_carries_is_measured_with_other_weights():
+    @tpcheck.subject(spec=ONE_TOKENS_ERRORS, seq_len=4)
+    def build(tp):
+        return build_decoder(ONE_TOKENS_ERRORS, tp)
+
+    (verdict,) = verdicts(build, (6,), dtypes=("float32",), batch=1, seed=1)
+    assert verdict.outcome == "PASS"
+    assert verdict.checks["drift"].facts["ratio"] < 2.5

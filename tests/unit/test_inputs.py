@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tpcheck.errors import SubjectError
-from tpcheck.inputs import input_order, make_inputs, sweep_lengths, token_ids
+from tpcheck.inputs import MORE, input_order, make_inputs, more_inputs, sweep_lengths, token_ids
 from tpcheck.spec import Case
 from tpcheck.subjects import Subject, SubjectOptions
 
@@ -147,3 +147,12 @@ def test_inputs_that_cannot_be_made_are_the_subjects_error(function, message):
     with pytest.raises(SubjectError) as error:
         make_inputs(subject(inputs=function), CASE, (2,))
     assert str(error.value) == message
+
+
+def test_further_inputs_are_like_a_and_differ_from_it_and_from_each_other():
+    own = make_inputs(subject(), CASE, (2,))
+    further = more_inputs(subject(), CASE)
+    assert len(further) == MORE
+    ids = [*(own[key][0] for key in "AB"), *(one for (one,) in further.values())]
+    assert {tuple(one.shape) for one in ids} == {(CASE.batch, CASE.seq_len)}
+    assert len({tuple(one.flatten().tolist()) for one in ids}) == MORE + 2

@@ -1,5 +1,6 @@
 """Every rendering says what the report says, and nothing a subject names can break out of it."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -191,21 +192,71 @@ def test_findings_hold_what_to_paste_and_one_thing_to_do() -> None:
             assert finding.next
 
 
+SELFCHECK_FAULT = {
+    "fault": "double_bias",
+    "thread": "owner/repo#1",
+    "expected": "structural",
+    "caught_by": ["structural", "drift"],
+    "first_stage": "structural",
+    "cases_needed": 3,
+    "cases_median": 1.5,
+    "missed": [],
+    "tp_sizes": [2, 4],
+    "drift": {"bfloat16": [2, 4], "float32": [4]},
+    "drift_missed": [],
+    "casts": [2, 4],
+    "reason": "why not",
+    "survived": False,
+}
+SELFCHECK_TIER = {"name": "float64", "caught": 9, "planted": 9, "lower": 0.6637, "upper": 1.0}
+
+
+def selfcheck_of(*faults: dict, idle: tuple[str, ...] = ()) -> str:
+    return render_selfcheck(
+        {"faults": faults, "tiers": [SELFCHECK_TIER], "idle_checks": list(idle)}
+    )
+
+
+def test_selfcheck_says_what_caught_each_fault_and_what_drift_alone_would_have_seen() -> None:
+    seen_everywhere = SELFCHECK_FAULT | {"fault": "y", "drift": {"bfloat16": [2, 4]}}
+    text = selfcheck_of(SELFCHECK_FAULT, seen_everywhere)
+    assert text.startswith("PASS: 2 of 2 planted faults are caught\n")
+    assert "float64" in text
+    assert "9 of 9 at the first case, 95 % within 66.4 % to 100.0 %" in text
+    *_, row, other = text.splitlines()
+    assert re.split(r"  +", row) == [
+        "double_bias",
+        "owner/repo#1",
+        "structural",
+        "structural",
+        "1.5, at most 3",
+        "all",
+        "tp 4",
+        "why not",
+    ]
+    assert "why not" not in other, "a reason is for what drift misses"
+
+
 def test_selfcheck_leads_with_what_survived() -> None:
-    fault = {
-        "fault": "double_bias",
-        "thread": "owner/repo#1",
-        "expected": "structural",
-        "drift_expected": True,
-        "caught_by": ("structural", "drift"),
-        "cases_needed": 1,
-        "reason": None,
-        "survived": False,
+    blind = SELFCHECK_FAULT | {
+        "fault": "x",
+        "caught_by": [],
+        "first_stage": "",
+        "cases_needed": None,
+        "cases_median": None,
+        "missed": ["tp=2 bfloat16"],
+        "drift": {"bfloat16": [], "float32": []},
+        "survived": True,
     }
-    assert render_selfcheck([fault]).startswith("PASS: 1 of 1 planted faults are caught\n")
-    blind = fault | {"fault": "x", "caught_by": (), "survived": True, "reason": "not seen"}
-    text = render_selfcheck([fault, blind])
+    text = selfcheck_of(SELFCHECK_FAULT, blind)
     assert text.startswith("FAIL: 1 of 2 planted faults are caught; survived: x\n")
-    assert text.index("SURVIVED") < text.index("double_bias")
-    assert "structural, drift" in text
-    assert text.endswith("x: not seen")
+    assert text.index("structural: SURVIVED, missed at tp=2 bfloat16") < text.index("double_bias")
+    unseen = SELFCHECK_FAULT | {"drift_missed": ["float32"], "survived": True}
+    assert "SURVIVED, drift missed it in float32" in selfcheck_of(unseen)
+
+
+def test_selfcheck_fails_for_a_check_that_caught_nothing() -> None:
+    text = selfcheck_of(SELFCHECK_FAULT, idle=("tiling", "decode"))
+    assert text.splitlines()[0] == (
+        "FAIL: 1 of 1 planted faults are caught; no fault is caught by: tiling, decode"
+    )

@@ -95,7 +95,7 @@ def test_keys_are_the_contracts() -> None:
 
 
 def test_what_is_written_is_read_again(tmp_path: Any) -> None:
-    report = make_report(make_verdict(), make_verdict("PASS", 2))
+    report = make_report(make_verdict(script="import torch\n"), make_verdict("PASS", 2))
     write_report(report, tmp_path / "report.json")
     assert read_report(tmp_path / "report.json") == from_json(to_json(report))
     assert to_json(read_report(tmp_path / "report.json")) == to_json(report)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 import tpcheck
 from tpcheck.errors import IllegalDegreeError, PlanError, SubjectError
 from tpcheck.spec import ModelSpec
-from tpcheck.strategies import draw_spec
 from tpcheck.subjects import DEFAULT_SEQ_LEN, SubjectRef, make_ref, resolve, subject, with_spec
 
 torch.set_num_threads(1)
@@ -302,19 +301,6 @@ def test_a_drawn_spec_gives_the_subject_its_sizes():
     build = subject(specs=st.just(SPEC))(lambda tp, spec: None)
     drawn = with_spec(resolve(make_ref(build)), ModelSpec.from_fields(SPEC))
     assert (drawn.options.vocab_size, drawn.options.seq_len) == (64, 8)
-
-
-def test_a_seed_draws_the_same_spec_every_time_and_seeds_draw_different_ones():
-    layers = st.integers(1, 50)
-    strategy = layers.map(lambda n: SPEC | {"num_hidden_layers": n})
-    drawn = [draw_spec(strategy, seed).num_hidden_layers for seed in range(6)]
-    assert drawn == [draw_spec(strategy, seed).num_hidden_layers for seed in range(6)]
-    assert len(set(drawn)) > 2
-
-
-def test_a_strategy_of_something_else_is_named():
-    with pytest.raises(SubjectError, match="specs drew int, but should draw ModelSpec or a dict"):
-        draw_spec(st.integers(), 0)
 
 
 @subject(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tpcheck.errors import SubjectError
 from tpcheck.faults import FAULTS, Fault
+from tpcheck.faults.planting import planted_decoder
 from tpcheck.spec import ModelSpec
 from tpcheck.subjects import DEFAULT_SEQ_LEN, Subject, SubjectOptions
 
@@ -70,6 +71,29 @@ BUILTINS: dict[str, tuple[str, ModelSpec]] = {
             model_type="olmo2",
         ),
     ),
+    "mixtral-tiny": (
+        "8 experts, 2 per token, renormalized; 48 wide each",
+        replace(
+            _LLAMA,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            norm_topk_prob=True,
+            model_type="mixtral",
+        ),
+    ),
+    "qwen2-moe-tiny": (
+        "8 experts, 2 per token, and a shared expert behind a sigmoid gate; q/k/v biases",
+        replace(
+            _LLAMA,
+            attention_bias=True,
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            shared_expert_intermediate_size=96,
+            model_type="qwen2_moe",
+        ),
+    ),
 }
 
 
@@ -97,6 +121,8 @@ def load_builtin(name: str) -> Subject:
                 f"builtin:{name}: there is no fault {fault_name!r}; there is {', '.join(FAULTS)}"
             )
         spec = replace(spec, **fault.needs)
+        if fault.accepts is not None:
+            return _accepting(f"builtin:{name}", spec, fault)
     return Subject(f"builtin:{name}", partial(_build_generated, spec, fault), _options(spec))
 
 
@@ -120,12 +146,15 @@ def _options(spec: ModelSpec) -> SubjectOptions:
 
 
 def _build_generated(spec: ModelSpec, fault: Fault | None, tp: TPGroup) -> Any:
-    from tpcheck.reference.decoder import build_decoder
+    return planted_decoder(spec, fault, tp)
 
-    decoder = build_decoder(spec, tp)
-    if fault is not None and tp.size > 1:
-        fault.plant(decoder, tp)
-    return decoder
+
+def _accepting(name: str, spec: ModelSpec, fault: Fault) -> Subject:
+    """Return a subject whose spec counts as generated: only then must it refuse the degree."""
+    from hypothesis import strategies
+
+    options = replace(_options(spec), spec=None, specs=strategies.just(spec))
+    return Subject(name, lambda tp, generated: planted_decoder(generated, fault, tp), options)
 
 
 def _build_checkpoint(directory: str, tp: RecordedGroup) -> Any:

@@ -1,4 +1,4 @@
-"""Known bugs, each as a one-line change of the reference decoder at TP > 1.
+"""Known bugs, each as a small change of the reference decoder at TP > 1, or of its plan.
 
 Requirement: every check has a fault only it, or a named other, catches; `tpcheck selfcheck` plants
 them all and a surviving one fails the build. A fault changes instances of one rank's decoder, never
@@ -6,7 +6,35 @@ a class, so simulated ranks do not share it. Each names the public thread it re-
 import, so that the list can be shown at once. A new family of faults is a new module, named below.
 """
 
-from tpcheck.faults import biases, conduct, dtypes, layout, padding, reductions
+from tpcheck.faults import (
+    biases,
+    conduct,
+    dtypes,
+    heads,
+    layout,
+    moe,
+    norms,
+    padding,
+    plans,
+    reductions,
+    tokens,
+    vocabulary,
+)
 from tpcheck.faults.planting import FAULTS, Fault
 
-__all__ = ["FAULTS", "Fault", "biases", "conduct", "dtypes", "layout", "padding", "reductions"]
+__all__ = [
+    "FAULTS",
+    "Fault",
+    "biases",
+    "conduct",
+    "dtypes",
+    "heads",
+    "layout",
+    "moe",
+    "norms",
+    "padding",
+    "plans",
+    "reductions",
+    "tokens",
+    "vocabulary",
+]

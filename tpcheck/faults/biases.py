@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tpcheck.faults.planting import Decoder, fault, full_weight, reduce_with, set_weight
 
@@ -18,9 +18,7 @@ _BIASED = {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True}
     needs=_BIASED,
 )
 def double_bias(decoder: Decoder, tp: TPGroup) -> None:
-    down = decoder.layers[0].mlp.down_proj
-    bias, down.bias_D = down.bias_D, None
-    reduce_with(down, lambda y: tp.all_reduce(y + bias))
+    _bias_on_every_rank(decoder.layers[0].mlp.down_proj, tp)
 
 
 @fault("Wenyueh/MinivLLM#80", "the row-parallel bias is dropped when sharded", needs=_BIASED)
@@ -29,13 +27,23 @@ def dropped_bias(decoder: Decoder, tp: TPGroup) -> None:
 
 
 @fault(
-    "",
-    "the bias is divided by tp for a sum that then adds it once",
+    "PaddlePaddle/FastDeploy#5247",
+    "a bias meant to be added on every rank is not divided by tp when it is loaded",
     needs=_BIASED,
 )
-def divided_bias(decoder: Decoder, tp: TPGroup) -> None:
-    bias = decoder.layers[0].mlp.down_proj.bias_D
-    set_weight(bias, bias.data / tp.size)
+def undivided_bias(decoder: Decoder, tp: TPGroup) -> None:
+    _bias_on_every_rank(decoder.layers[-1].self_attn.o_proj, tp)
+
+
+@fault(
+    "awslabs/slapo#10",
+    "the all-reduce is wrapped round every row-parallel linear, bias inside",
+    needs=_BIASED,
+)
+def wrapped_linears(decoder: Decoder, tp: TPGroup) -> None:
+    for layer in decoder.layers:
+        _bias_on_every_rank(layer.self_attn.o_proj, tp)
+        _bias_on_every_rank(layer.mlp.down_proj, tp)
 
 
 @fault(
@@ -46,3 +54,34 @@ def divided_bias(decoder: Decoder, tp: TPGroup) -> None:
 def column_bias_of_rank_0(decoder: Decoder, tp: TPGroup) -> None:
     bias = full_weight(tp, decoder, "model.layers.0.mlp.up_proj.bias")
     set_weight(decoder.layers[0].mlp.up_proj.bias_f, bias.chunk(tp.size)[0])
+
+
+@fault(
+    "OpenNMT/CTranslate2#1708",
+    "the query heads' bias is not sliced: every rank uses the first heads'",
+    needs=_BIASED,
+)
+def bias_of_first_heads(decoder: Decoder, tp: TPGroup) -> None:
+    bias = full_weight(tp, decoder, "model.layers.0.self_attn.q_proj.bias")
+    held = decoder.layers[0].self_attn.q_proj.bias_f
+    set_weight(held, bias[: held.shape[0]])
+
+
+@fault(
+    "vllm-project/vllm#20843",
+    "the head's bias is padded to a multiple of 64, its weight to a multiple of tp",
+    needs={"lm_head_bias": True},
+)
+def bias_padded_otherwise(decoder: Decoder, tp: TPGroup) -> None:
+    import torch
+
+    bias = full_weight(tp, decoder, "lm_head.bias")
+    multiple = 64 * tp.size
+    padded = torch.nn.functional.pad(bias, (0, -bias.shape[0] % multiple))
+    held = decoder.lm_head.bias_v
+    set_weight(held, padded.chunk(tp.size)[tp.rank][: held.shape[0]])
+
+
+def _bias_on_every_rank(row: Any, tp: TPGroup) -> None:
+    bias, row.bias_D = row.bias_D, None
+    reduce_with(row, lambda y: tp.all_reduce(y + bias))

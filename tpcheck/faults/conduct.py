@@ -1,10 +1,10 @@
-"""What ranks do to each other: disagreeing, leaking, calling other collectives, other configs."""
+"""What ranks do to each other: disagreeing, leaking, calling other collectives."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tpcheck.faults.planting import Decoder, fault, reduce_with
+from tpcheck.faults.planting import Decoder, change_output, fault, in_order, reduce_with
 
 if TYPE_CHECKING:
     import torch
@@ -42,18 +42,8 @@ def stale_buffer(decoder: Decoder, tp: TPGroup) -> None:
     decoder.register_forward_hook(leak)
 
 
-@fault("deepspeedai/DeepSpeed#7278", "every rank is fed another prompt")
-def prompts_per_rank(decoder: Decoder, tp: TPGroup) -> None:
-    decoder.embed_tokens.register_forward_pre_hook(lambda _, args: (args[0].roll(tp.rank, 0),))
-
-
-@fault("", "a hook keeps the first batch row only")
-def first_row_only(decoder: Decoder, tp: TPGroup) -> None:
-    decoder.layers[0].self_attn.register_forward_hook(lambda _, __, y: y[:1].expand_as(y))
-
-
 @fault(
-    "ztxz16/fastllm#725",
+    "NVIDIA/TensorRT-LLM#14020",
     "one rank makes a collective the others do not",
     "schedule",
     drift=False,
@@ -83,29 +73,85 @@ def short_operand(decoder: Decoder, tp: TPGroup) -> None:
 
 
 @fault(
-    "",
-    "decoding counts its position one too far; a whole forward is right",
-    "decode",
+    "exo-explore/exo#2048",
+    "rank 0 makes two collectives in another order than the rest",
+    "schedule",
     drift=False,
-    reason="a whole forward is right",
+    reason="the forward never ends",
 )
-def decode_position(decoder: Decoder, tp: TPGroup) -> None:
-    real = decoder.step
+def swapped_collectives(decoder: Decoder, tp: TPGroup) -> None:
+    def all_reduce(y: torch.Tensor) -> torch.Tensor:
+        if tp.rank == 0:
+            tp.all_gather(y, 0)
+            return tp.all_reduce(y)
+        whole = tp.all_reduce(y)
+        tp.all_gather(y, 0)
+        return whole
 
-    def step(ids: torch.Tensor, state: Any) -> Any:
-        return real(ids, tuple((k.roll(1, 2), v) for k, v in state))
-
-    decoder.step = step
+    reduce_with(decoder.layers[0].self_attn.o_proj, all_reduce)
 
 
 @fault(
-    "",
-    "the sharded path rotates with another rope_theta",
+    "tenstorrent/tt-metal#50688",
+    "terms are added in order of arrival, which differs from call to call",
+    "repeatability",
+    min_tp=3,
     drift=False,
-    reason="16 short positions rotate little: drift's limit is three times TP=1's error",
+    reason="every order is as good; two ranks' sum has the same bits in either",
 )
-def rope_theta(decoder: Decoder, tp: TPGroup) -> None:
-    from dataclasses import replace
+def summed_by_arrival(decoder: Decoder, tp: TPGroup) -> None:
+    calls: list[torch.Size] = []
 
-    for layer in decoder.layers:
-        layer.self_attn.spec = replace(decoder.spec, rope_theta=5000.0)
+    def all_reduce(y: torch.Tensor) -> torch.Tensor:
+        calls.append(y.shape)
+        return in_order(tp.all_gather(y[None], 0).roll(len(calls), 0))
+
+    reduce_with(decoder.layers[0].self_attn.o_proj, all_reduce)
+
+
+@fault(
+    "vllm-project/vllm#2760",
+    "a race: the last rank's term is the one of its call before",
+)
+def stale_term(decoder: Decoder, tp: TPGroup) -> None:
+    before: dict[torch.Size, torch.Tensor] = {}
+
+    def all_reduce(y: torch.Tensor) -> torch.Tensor:
+        stale = before.get(y.shape, y)
+        before[y.shape] = y
+        return tp.all_reduce(stale if tp.rank == tp.size - 1 else y)
+
+    reduce_with(decoder.layers[0].self_attn.o_proj, all_reduce)
+
+
+@fault(
+    "meta-pytorch/torchrec#4601",
+    "rank 0 has the result, but another rank's buffer is broadcast",
+)
+def broadcast_of_another_rank(decoder: Decoder, tp: TPGroup) -> None:
+    kept = 1.0 if tp.rank == 0 else 0.0
+    change_output(decoder.layers[0].input_layernorm, lambda x: tp.broadcast(x * kept, 1))
+
+
+@fault(
+    "sgl-project/sglang#40246",
+    "ranks above 0 see other near-ties: their logits differ in the last bits",
+    "rank_agreement",
+    drift=False,
+    reason="rank 0's logits are right",
+)
+def last_bits_per_rank(decoder: Decoder, tp: TPGroup) -> None:
+    if tp.rank > 0:
+        change_output(decoder, lambda logits: logits * (1 + 2**-48))
+
+
+@fault(
+    "NVIDIA/TensorRT-LLM#13134",
+    "the last rank sometimes, at one length of input only, returns another token's logits",
+    "rank_agreement",
+    drift=False,
+    reason="rank 0's logits are right",
+)
+def sometimes_another_token(decoder: Decoder, tp: TPGroup) -> None:
+    if tp.rank == tp.size - 1:
+        change_output(decoder, lambda y: y.roll(1, -1) if y.shape[1] == tp.size + 1 else y)

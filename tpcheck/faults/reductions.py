@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tpcheck.faults.planting import Decoder, fault, reduce_with
+from tpcheck.faults.planting import Decoder, fault, gather_with, reduce_with
 
 if TYPE_CHECKING:
+    import torch
+
     from tpcheck.groups.base import TPGroup
 
 
@@ -50,3 +52,62 @@ def average_for_sum(decoder: Decoder, tp: TPGroup) -> None:
 @fault("pytorch/pytorch#165962", "max over partials is taken for their sum")
 def max_for_sum(decoder: Decoder, tp: TPGroup) -> None:
     reduce_with(decoder.layers[-1].mlp.down_proj, lambda y: tp.all_reduce(y, "max"))
+
+
+@fault(
+    "mirage-project/mirage#722",
+    "attention's residual is added on every rank before the all-reduce",
+)
+def attention_residual_before_reduce(decoder: Decoder, tp: TPGroup) -> None:
+    layer = decoder.layers[-1]
+    residual: list[torch.Tensor] = []
+    layer.input_layernorm.register_forward_pre_hook(lambda _, args: residual.append(args[0]))
+
+    def all_reduce(y: torch.Tensor) -> torch.Tensor:
+        x = residual.pop()
+        return tp.all_reduce(y + x) - x
+
+    reduce_with(layer.self_attn.o_proj, all_reduce)
+
+
+@fault(
+    "pytorch/pytorch#159856",
+    "the ranks' norms are added up for the norm of the whole",
+    needs={"qk_norm": "across_heads"},
+)
+def sum_of_norms(decoder: Decoder, tp: TPGroup) -> None:
+    norm = decoder.layers[0].self_attn.q_norm
+    reduce_with(norm, lambda squares: tp.all_reduce(squares.sqrt()).square())
+
+
+@fault(
+    "pytorch/pytorch#174536",
+    "abs is taken of every partial: it looks linear where their signs agree",
+)
+def abs_of_partials(decoder: Decoder, tp: TPGroup) -> None:
+    reduce_with(decoder.layers[0].self_attn.o_proj, lambda y: tp.all_reduce(y.abs()))
+
+
+@fault("NVIDIA/Megatron-LM#7452", "logits that are gathered already are summed over the ranks")
+def gathered_logits_summed(decoder: Decoder, tp: TPGroup) -> None:
+    gather_with(decoder.lm_head, lambda x, dim: tp.all_reduce(tp.all_gather(x, dim)))
+
+
+@fault("pytorch/torchtitan#3329", "an early return skips the embedding's all-reduce")
+def embedding_not_reduced(decoder: Decoder, tp: TPGroup) -> None:
+    reduce_with(decoder.embed_tokens, lambda x: x)
+
+
+@fault(
+    "NVIDIA/nccl#1950",
+    "the last 8 elements of a message are not reduced",
+    drift=("float16", "float32"),
+    reason="8 elements of one token drown in what bfloat16 rounds of all others",
+)
+def tail_not_reduced(decoder: Decoder, tp: TPGroup) -> None:
+    def all_reduce(y: torch.Tensor) -> torch.Tensor:
+        whole = tp.all_reduce(y).clone().view(-1)
+        whole[-8:] = y.reshape(-1)[-8:]
+        return whole.view(y.shape)
+
+    reduce_with(decoder.layers[0].mlp.down_proj, all_reduce)

@@ -41,6 +41,14 @@ class JobResult:
     failure: RankFailure | None = None
 
 
+class JobFailed(Exception):
+    """A job ended without replies: what whoever needs them raises."""
+
+    def __init__(self, failure: RankFailure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
 class World(Protocol):
     """What a job function sees of the ranks it runs on."""
 

@@ -9,6 +9,7 @@ so counts are compared between degrees and never judged here.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -96,6 +97,28 @@ class _Reads(TorchDispatchMode):
     ) -> Any:
         self._consumption.note_reads(args)
         return func(*args, **(kwargs or {}))
+
+
+def one_ulp_off(
+    seed: int, weight_dtype: torch.dtype
+) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """Return what moves every weight by an ulp of its storage dtype, up, down or not at all.
+
+    The same on every rank, at every degree and in every compute dtype: another model of the same
+    kind, whose roundings are new.
+    """
+    step = torch.finfo(weight_dtype).eps
+
+    def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.dtype.is_floating_point:
+            return tensor
+        digest = hashlib.blake2b(f"{seed}\0ulp\0{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        ulps = torch.randint(-1, 2, tensor.shape, generator=generator)
+        stored = tensor.to("cpu", torch.float64) * (1 + step * ulps)
+        return stored.to(weight_dtype).to(tensor)
+
+    return moved
 
 
 def offer_weights(weights: WeightSource, declared: Any) -> None:

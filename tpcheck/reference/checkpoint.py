@@ -21,6 +21,7 @@ from tpcheck.files import read_json
 from tpcheck.groups.base import RecordedGroup
 from tpcheck.hf_config import describe_directory, read_config, spec_from_config
 from tpcheck.reference.decoder import Decoder, build_decoder
+from tpcheck.reference.expert_names import expert_stored
 from tpcheck.reference.gpt2_names import gpt2_stored
 from tpcheck.reference.layout import logical_tensors
 from tpcheck.reference.stored import Stored
@@ -62,20 +63,25 @@ class Checkpoint:
         """Return a tensor's shape. Reads the file's header only."""
         return tuple(self._open(self._file(name)).get_slice(name).get_shape())
 
-    def slice(self, name: str, dim: int, start: int, stop: int) -> torch.Tensor:
+    def slice(
+        self, name: str, dim: int, start: int, stop: int, index: int | None = None
+    ) -> torch.Tensor:
         """Return indices start to stop of `dim`, in the dtype stored.
+
+        With an `index` that is done within one tensor of a stack, and dims are counted in it.
 
         Reads those bytes only, as far as pages allow: a cut along dim 1 takes a few bytes of every
         row, so that the kernel may read most of that tensor. What stays in memory is the slice.
         """
         whole = self._open(self._file(name)).get_slice(name)
+        stack = () if index is None else (index,)
         if start == stop:  # safetensors refuses empty slices
-            shape = list(whole.get_shape())
+            shape = list(whole.get_shape())[len(stack) :]
             shape[dim] = 0
-            some = whole[tuple(slice(0, 1) for _ in shape)]
+            some = whole[(*stack, *(slice(0, 1) for _ in shape))]
             return torch.empty(shape, dtype=some.dtype)
         # A view of the mapped file: copied, so that the weights outlive the file and its mapping.
-        part: torch.Tensor = whole[(*[slice(None)] * dim, slice(start, stop))]
+        part: torch.Tensor = whole[(*stack, *[slice(None)] * dim, slice(start, stop))]
         return part.clone(memory_format=torch.contiguous_format)
 
     def _file(self, name: str) -> str:
@@ -146,7 +152,8 @@ class CheckpointWeights:
     ) -> torch.Tensor:
         """Return a slice of the logical tensor `name`, rounded to the storage dtype and cast."""
         stored = self._stored[name]
-        part = self._checkpoint.slice(stored.name, *stored.locate(shape, dim, start, stop))
+        index = stored.index if stored.among else None
+        part = self._checkpoint.slice(stored.name, *stored.locate(shape, dim, start, stop), index)
         if stored.transposed:
             part = part.T
         return self._tp.weights.stored(part).to(self._tp.device)
@@ -157,6 +164,8 @@ def stored_tensors(spec: ModelSpec, names: tuple[str, ...]) -> Mapping[str, Stor
     """Return where a checkpoint with these names stores each logical tensor."""
     if spec.model_type == "gpt2":
         return gpt2_stored(spec, names)
+    if spec.num_experts:
+        return expert_stored(spec, names)
     return {name: Stored(name) for name in logical_tensors(spec)}
 
 

@@ -17,20 +17,21 @@ from torch import nn
 
 from tpcheck.errors import SubjectError
 from tpcheck.groups.base import TPGroup
-from tpcheck.placement import Placement, Replicate, Shard
+from tpcheck.placement import Partial, Placement, Replicate, Shard
 from tpcheck.reference.attention import Attention
 from tpcheck.reference.cache import Cache, State
 from tpcheck.reference.embedding import VocabParallelEmbedding, VocabParallelHead
 from tpcheck.reference.layout import activation_placement
 from tpcheck.reference.linear import frozen
 from tpcheck.reference.mlp import MLP
+from tpcheck.reference.moe import SparseMLP
 from tpcheck.reference.norm import make_norm
 from tpcheck.reference.weights import GeneratedWeights, RankWeights, Weights
 from tpcheck.shard_plan import ShardPlan, make_shard_plan
 from tpcheck.spec import ModelSpec
 
-TracePoint = tuple[nn.Module, Placement, Placement]
-"""A module with the placements of its input and its output."""
+TracePoint = tuple[nn.Module, Placement | None, Placement]
+"""A module with the placements of its input (None: it takes more than one) and its output."""
 
 
 def build_decoder(spec: ModelSpec, tp: TPGroup, weights: Weights | None = None) -> Decoder:
@@ -47,7 +48,7 @@ def build_decoder(spec: ModelSpec, tp: TPGroup, weights: Weights | None = None) 
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and around a residual."""
+    """Attention and MLP, or experts, each behind a norm and around a residual."""
 
     def __init__(
         self, layer: int, spec: ModelSpec, plan: ShardPlan, weights: RankWeights, tp: TPGroup
@@ -57,7 +58,8 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = make_norm(f"{name}.input_layernorm", spec, weights)
         self.self_attn = Attention(layer, spec, plan, weights, tp)
         self.post_attention_layernorm = make_norm(f"{name}.post_attention_layernorm", spec, weights)
-        self.mlp = MLP(layer, spec, weights, tp)
+        mlp = SparseMLP if spec.num_experts else MLP
+        self.mlp = mlp(layer, spec, weights, tp)
 
     def forward(self, x_BTD: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Return the residual stream after this layer."""
@@ -146,7 +148,7 @@ def _trace_points(
     yield "embed_tokens", (decoder.embed_tokens, whole, whole)
     for index, layer in enumerate(decoder.layers):
         assert isinstance(layer, DecoderLayer)
-        name, attention, mlp = f"layers.{index}", layer.self_attn, layer.mlp
+        name, attention = f"layers.{index}", layer.self_attn
         yield f"{name}.input_layernorm", (layer.input_layernorm, whole, whole)
         yield f"{name}.self_attn.q_proj", (attention.q_proj, whole, last)
         if spec.qk_norm != "none":
@@ -158,10 +160,21 @@ def _trace_points(
         yield f"{name}.self_attn.o_proj", (attention.o_proj, last, whole)
         yield f"{name}.self_attn", (attention, whole, whole)
         yield f"{name}.post_attention_layernorm", (layer.post_attention_layernorm, whole, whole)
-        if mlp.gate_proj is not None:
-            yield f"{name}.mlp.gate_proj", (mlp.gate_proj, whole, last)
-        yield f"{name}.mlp.up_proj", (mlp.up_proj, whole, last)
-        yield f"{name}.mlp.down_proj", (mlp.down_proj, last, whole)
-        yield f"{name}.mlp", (mlp, whole, whole)
+        yield from _mlp_points(f"{name}.mlp", layer.mlp)
     yield "norm", (decoder.norm, whole, whole)
     yield "lm_head", (decoder.lm_head, whole, whole)
+
+
+def _mlp_points(name: str, mlp: MLP | SparseMLP) -> Iterator[tuple[str, TracePoint]]:
+    whole, last, term = Replicate(), Shard(-1), Partial("sum")
+    if isinstance(mlp, SparseMLP):
+        yield f"{name}.gate", (mlp.gate, whole, whole)
+        yield f"{name}.experts", (mlp.experts, None, term)
+        if mlp.shared_expert is not None:
+            yield f"{name}.shared_expert", (mlp.shared_expert, whole, term)
+    else:
+        if mlp.gate_proj is not None:
+            yield f"{name}.gate_proj", (mlp.gate_proj, whole, last)
+        yield f"{name}.up_proj", (mlp.up_proj, whole, last)
+        yield f"{name}.down_proj", (mlp.down_proj, last, whole)
+    yield name, (mlp, whole, whole)

@@ -16,7 +16,10 @@ from tpcheck.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class LogicalTensor:
-    """A whole weight. `split` is what `dim` counts: "", "query", "kv", "intermediate", "vocab"."""
+    """A whole weight. `split` is what `dim` counts: "query", "kv", "vocab" or a width, or "".
+
+    A width is "intermediate", "moe_intermediate" or "shared_expert_intermediate".
+    """
 
     shape: tuple[int, ...]
     split: str = ""
@@ -45,7 +48,8 @@ def logical_tensors(spec: ModelSpec) -> dict[str, LogicalTensor]:
         tensors |= _norm(f"{prefix}.input_layernorm", spec)
         tensors |= _attention(f"{prefix}.self_attn", spec)
         tensors |= _norm(f"{prefix}.post_attention_layernorm", spec)
-        tensors |= _mlp(f"{prefix}.mlp", spec)
+        feed_forward = _experts if spec.num_experts else _mlp
+        tensors |= feed_forward(f"{prefix}.mlp", spec)
     tensors |= _norm("model.norm", spec)
     if not spec.tie_word_embeddings:
         tensors["lm_head.weight"] = LogicalTensor(vocab_shape, "vocab")
@@ -70,10 +74,11 @@ def cut(spec: ModelSpec, plan: ShardPlan, rank: int, tensor: LogicalTensor) -> C
 
 
 def span_of(spec: ModelSpec, plan: ShardPlan, rank: int, split: str) -> Span:
-    """Return the features of a query, kv or intermediate dim that `rank` holds."""
+    """Return the features of a query or kv dim, or of a width, that `rank` holds."""
     mine = plan.ranks[rank]
-    if split == "intermediate":
-        return mine.intermediate
+    if split.endswith("intermediate"):
+        span: Span = getattr(mine, split)
+        return span
     heads = mine.query_heads if split == "query" else mine.kv_heads
     return Span(heads.start * spec.head_dim, heads.stop * spec.head_dim)
 
@@ -122,10 +127,31 @@ def _attention(prefix: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
 def _mlp(prefix: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
     names = ("gate_proj", "up_proj") if spec.mlp == "gated" else ("up_proj",)
     size, hidden, bias = spec.intermediate_size, spec.hidden_size, spec.mlp_bias
+    return _feed_forward(prefix, names, size, "intermediate", hidden, bias)
+
+
+def _experts(prefix: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
+    """The router, every expert, and the shared expert behind its own gate."""
+    names, hidden = ("gate_proj", "up_proj"), spec.hidden_size
+    tensors = {f"{prefix}.gate.weight": LogicalTensor((spec.num_experts, hidden))}
+    size, shared = spec.moe_intermediate_size, spec.shared_expert_intermediate_size
+    for expert in range(spec.num_experts):
+        where, split = f"{prefix}.experts.{expert}", "moe_intermediate"
+        tensors |= _feed_forward(where, names, size, split, hidden, spec.mlp_bias)
+    if shared:
+        tensors[f"{prefix}.shared_expert_gate.weight"] = LogicalTensor((1, hidden))
+        where, split = f"{prefix}.shared_expert", "shared_expert_intermediate"
+        tensors |= _feed_forward(where, names, shared, split, hidden, bias=False)
+    return tensors
+
+
+def _feed_forward(
+    prefix: str, columns: tuple[str, ...], size: int, split: str, hidden: int, bias: bool
+) -> dict[str, LogicalTensor]:
     tensors: dict[str, LogicalTensor] = {}
-    for name in names:
-        tensors |= _column(f"{prefix}.{name}", size, "intermediate", hidden, bias)
-    return tensors | _row(f"{prefix}.down_proj", size, "intermediate", hidden, bias)
+    for name in columns:
+        tensors |= _column(f"{prefix}.{name}", size, split, hidden, bias)
+    return tensors | _row(f"{prefix}.down_proj", size, split, hidden, bias)
 
 
 def _column(name: str, rows: int, split: str, columns: int, bias: bool) -> dict[str, LogicalTensor]:

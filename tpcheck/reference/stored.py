@@ -14,23 +14,27 @@ class Stored:
     """Where a logical tensor lies.
 
     `transposed`: stored as [in, out], as GPT-2's Conv1D does. `part` of `parts`: one of several
-    equal tensors fused along the output features (logical dim 0).
+    equal tensors fused along the output features (logical dim 0). `index` of `among`: one of
+    several stacked along a new first dim; `among` of 0 means that it is not stacked.
     """
 
     name: str
     transposed: bool = False
     part: int = 0
     parts: int = 1
+    index: int = 0
+    among: int = 0
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the stored tensor's shape, given the logical one's."""
         fused = (shape[0] * self.parts, *shape[1:])
-        return fused[::-1] if self.transposed else fused
+        alone = fused[::-1] if self.transposed else fused
+        return (self.among, *alone) if self.among else alone
 
     def locate(
         self, shape: tuple[int, ...], dim: int, start: int, stop: int
     ) -> tuple[int, int, int]:
-        """Return the stored (dim, start, stop) of a logical slice.
+        """Return the stored (dim, start, stop) of a logical slice, within the stack's `index`.
 
         A fused tensor can only be cut along its fused dim: that is how column-parallel weights are.
         """

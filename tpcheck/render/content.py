@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpcheck.records import FAIL, OUTCOMES, PASS, SKIPPED, Check, Report, Verdict
+from tpcheck.records import CHECK_NAMES, FAIL, OUTCOMES, PASS, SKIPPED, Check, Report, Verdict
 
 COLUMNS = (
     "case",
@@ -108,6 +108,19 @@ def count_line(report: Report) -> str:
     return f"{total} verdict{'' if total == 1 else 's'}{': ' if total else ''}{by_outcome}"
 
 
+def sensitivity_line(report: Report) -> str:
+    """Say what a PASS would have caught: `would have caught 41/42; blind to: layers.1.mlp.bias`.
+
+    Nothing where it was not measured, or where there is no PASS to weigh.
+    """
+    facts = report.sensitivity
+    if facts is None or report.outcome != PASS:
+        return ""
+    text = f"would have caught {facts.get('caught')}/{facts.get('planted')}"
+    blind = [str(name) for name in facts.get("blind_to") or ()]
+    return f"{text}; blind to: {_listed(blind)}" if blind else text
+
+
 def rows(report: Report) -> list[tuple[str, ...]]:
     """Return one row of COLUMNS per verdict.
 
@@ -157,6 +170,14 @@ def shortened(items: Sequence[str], what: str, limit: int = MAX_SHOWN) -> list[s
     rest = len(items) - limit
     more = [f"... and {rest} more {what}{'' if rest == 1 else 's'}"] if rest > 0 else []
     return [*items[:limit], *more]
+
+
+def split_reasons(finding: Finding) -> tuple[list[str], list[str]]:
+    """Return what checks say, and the remarks that follow: those are never cut off."""
+    reasons = finding.reasons
+    of_checks = [i for i, text in enumerate(reasons) if text.partition(":")[0] in CHECK_NAMES]
+    last = max(of_checks, default=len(reasons) - 1) + 1
+    return list(reasons[:last]), list(reasons[last:])
 
 
 def _row(group: list[Verdict]) -> tuple[str, ...]:
@@ -286,11 +307,14 @@ def _skipped(verdicts: Iterable[Verdict]) -> list[str]:
     return [f"{text} (in {count})" for text, count in counts.items()]
 
 
-def _sensitivity(facts: Any) -> str:
-    caught, planted = facts.get("caught"), facts.get("planted")
-    blind = facts.get("blind_to") or []
-    text = f"caught {caught} of {planted} planted faults"
-    return f"{text}; blind to {_listed([str(name) for name in blind])}" if blind else text
+def _sensitivity(facts: Mapping[str, Any]) -> str:
+    where = f" at tp={facts['tp_size']}" if "tp_size" in facts else ""
+    parts = [f"caught {facts.get('caught')} of {facts.get('planted')} faults planted{where}"]
+    scale = facts.get("smallest_scale_bug")
+    parts += [f"one partial of a sum scaled by 1+{scale} is still caught"] if scale else []
+    more = {"without_effect": "changed nothing", "left_out": "more could be planted"}
+    parts += [f"{facts[key]} {text}" for key, text in more.items() if facts.get(key)]
+    return "; ".join(parts)
 
 
 def _listed(items: Sequence[str]) -> str:

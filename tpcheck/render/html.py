@@ -16,6 +16,7 @@ from tpcheck.render.content import (
     footnotes,
     headline,
     rows,
+    sensitivity_line,
     subject_line,
 )
 from tpcheck.render.text import printable, render_finding
@@ -38,6 +39,8 @@ def render_html(report: Report) -> str:
     notes = "\n".join(
         f"<dt>{_text(name)}</dt><dd>{_text(text)}</dd>" for name, text in _notes(report)
     )
+    line = sensitivity_line(report)
+    caught = f"<br>{_text(line)}" if line else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -48,7 +51,7 @@ def render_html(report: Report) -> str:
 </head>
 <body>
 <h1 class="{report.outcome}">{_text(headline(report))}</h1>
-<p><code>{_text(subject_line(report))}</code><br>{_text(count_line(report))}</p>
+<p><code>{_text(subject_line(report))}</code><br>{_text(count_line(report))}{caught}</p>
 {_table(report)}
 {failing}
 <dl>

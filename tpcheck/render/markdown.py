@@ -17,6 +17,7 @@ from tpcheck.render.content import (
     footnotes,
     headline,
     rows,
+    sensitivity_line,
     subject_line,
 )
 from tpcheck.render.text import printable, render_finding
@@ -27,6 +28,7 @@ def render_markdown(report: Report) -> str:
     blocks = [
         f"## {_escaped(headline(report))}",
         f"{_code(subject_line(report))}: {count_line(report)}",
+        _escaped(sensitivity_line(report)),
         _table(report),
     ]
     failing = findings(report)

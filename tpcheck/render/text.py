@@ -7,6 +7,7 @@ escapes, so that a report cannot rewrite the terminal it is printed on.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -23,12 +24,17 @@ from tpcheck.render.content import (
     footnotes,
     headline,
     rows,
+    sensitivity_line,
     shortened,
+    split_reasons,
     subject_line,
 )
 
 WIDTH = 110
 MAX_STACK_LINES = 24
+_INNER_FRAME = re.compile(
+    r"[/\\](tpcheck[/\\](groups|execution)|torch[/\\]nn[/\\]modules[/\\]module)\b"
+)
 MAX_RANK_LINES = 20
 """An ERROR is understood from what every rank did, so it shows more than three reasons."""
 
@@ -49,13 +55,17 @@ def render_finding(finding: Finding) -> str:
     """Return one failing verdict: reasons in execution order, aligned facts, repro and next."""
     lines = [printable(finding.title)]
     limit = MAX_RANK_LINES if finding.verdict.outcome == "ERROR" else MAX_SHOWN
-    for reason in shortened(finding.reasons, "reason", limit):
+    of_checks, remarks = split_reasons(finding)
+    for reason in [*shortened(of_checks, "reason", limit), *remarks]:
         lines += _reason(reason)
     if finding.facts:
         lines.append(_aligned(finding.facts, indent="  "))
     # a command is never wrapped: it is there to be pasted
     lines += [f"  repro: {printable(finding.repro)}"] if finding.repro else []
     lines += _wrapped(printable(finding.next), "  next:  ", "         ")
+    if finding.verdict.script:
+        # neither is a script, nor is it indented
+        lines += ["  the same with torch alone:", "", printable(finding.verdict.script).rstrip()]
     return "\n".join(lines)
 
 
@@ -77,9 +87,10 @@ def _head(report: Report) -> str:
     head, what = printable(headline(report)), printable(subject_line(report))
     one_line = f"{head}  {what}"
     plain = report.outcome == PASS and report.path.same_as_deployed
-    if plain and len(one_line) <= WIDTH:
-        return f"{one_line}\n{count_line(report)}"
-    return f"{head}\n{what}\n{count_line(report)}"
+    lines = [one_line] if plain and len(one_line) <= WIDTH else [head, what]
+    caught = sensitivity_line(report)
+    more = _wrapped(printable(caught), "", "  ") if caught else []
+    return "\n".join([lines[0], *more, *lines[1:], count_line(report)])
 
 
 def _table(report: Report) -> str:
@@ -110,13 +121,27 @@ def _reason(reason: str) -> list[str]:
     A long stack loses its middle: where it was called and where it stands are at its ends.
     """
     first, _, detail = printable(reason).rstrip().partition("\n")
-    rest = textwrap.dedent(detail).splitlines()
+    rest = _own_frames(textwrap.dedent(detail).splitlines())
     lines = _wrapped(first, "  ", "    ")
     cut = len(rest) - MAX_STACK_LINES
     if cut > 0:
         half = MAX_STACK_LINES // 2
         rest = [*rest[:half], f"... {cut} more lines", *rest[-half:]]
     return lines + [f"    {line}".rstrip() for line in rest]
+
+
+def _own_frames(lines: list[str]) -> list[str]:
+    """Leave out of a stack the frames between the user's: how tpcheck and torch call a module."""
+    kept = []
+    inner = False
+    for line in lines:
+        if line.lstrip().startswith('File "'):
+            inner = bool(_INNER_FRAME.search(line))
+        elif not line.startswith("  "):
+            inner = False
+        if not inner:
+            kept.append(line)
+    return kept if len(kept) > 1 else lines
 
 
 def _aligned(pairs: Sequence[tuple[str, str]], indent: str) -> str:

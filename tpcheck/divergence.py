@@ -1,0 +1,82 @@
+"""Where a failed check first shows: which runs it takes to say, and the module that they name.
+
+Requirement: a failure that float64 sees is located in float64, where nothing but the bug differs;
+one that only the deployed dtype shows is located there, against TP=1's own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from tpcheck.errors import SubjectError
+from tpcheck.evidence import Evidence
+from tpcheck.execution import Task
+from tpcheck.groups.jobs import JobFailed
+from tpcheck.localization import locate
+from tpcheck.numerics.drift import ratio_limit
+from tpcheck.numerics.tolerance import structural_limit
+from tpcheck.numerics.ulp import eps
+from tpcheck.records import FAIL, Check, FirstDivergence
+from tpcheck.trace import Trace
+
+Run = Callable[[Task, int], Sequence[Trace]]
+"""Runs a task on so many ranks."""
+
+
+def first_divergence(
+    task: Task,
+    run: Run,
+    evidence: Evidence,
+    checks: Mapping[str, Check],
+    oracle_dtype: str,
+) -> tuple[FirstDivergence | None, tuple[str, ...]]:
+    """Return the first module that leaves its reference, if any, and notes on the search.
+
+    Args:
+        task: of the deployed dtype; `until` is the last module to trace.
+    """
+    failed = {name for name, check in checks.items() if check.outcome == FAIL}
+    exact = bool({"structural", "decode", "rank_agreement"} & failed) and bool(evidence.exact)
+    if not exact and not (failed & {"drift", "rank_agreement"} or task.until):
+        return None, ()
+    try:
+        where = str(checks["structural"].facts.get("worst_input", "A"))
+        if exact or (task.until and not failed):
+            return _in_float64(task, run, evidence, where), ()
+        return _in_deployed_dtype(task, run, evidence, oracle_dtype), ()
+    except JobFailed as error:
+        if task.until and isinstance(error.failure.exception, SubjectError):
+            raise  # the user asked for a module that is not there
+        return None, (f"localization stopped: {error}",)
+
+
+def _in_float64(task: Task, run: Run, evidence: Evidence, input_id: str) -> FirstDivergence | None:
+    task = replace(task, dtype="float64", trace=input_id)
+    reference = run(task, 1)[0]
+    replay = {
+        fqn: record.input
+        for fqn, record in reference.extras["points"].items()
+        if record.in_placement is not None and record.input is not None
+    }
+    try:
+        traces = run(replace(task, replay=replay), evidence.tp_size)
+    except JobFailed:  # a module that cannot run alone; then the forward has to do
+        traces = run(task, evidence.tp_size)
+    return locate(reference, traces, limit=structural_limit(evidence.floor.relative_rms))
+
+
+def _in_deployed_dtype(
+    task: Task, run: Run, evidence: Evidence, oracle_dtype: str
+) -> FirstDivergence | None:
+    task = replace(task, trace="A")
+    base = run(task, 1)[0]
+    reference = run(replace(task, dtype=oracle_dtype or task.dtype), 1)[0]
+    traces = run(task, evidence.tp_size)
+    return locate(
+        reference,
+        traces,
+        limit=eps(task.dtype),
+        base=base,
+        ratio_limit=ratio_limit(evidence.expected),
+    )
