@@ -26,6 +26,7 @@ ORDER = (
     "hf_config pieces",
     "shard_plan",
     "engines sharding",
+    "planning",
     "records",
     "groups",
     "reference",
@@ -70,6 +71,7 @@ PUBLIC_FUNCTIONS = set("run drift plan diff gate require subject golden_record s
 """Of the contract, now or later: none may be the name of a module directly under tpcheck/."""
 
 CALLS = {
+    "plan": "assert tpcheck.plan({'num_attention_heads': 6}, 'vllm', 4)[0].outcome == 'error'",
     "subject": "tpcheck.subject(vocab_size=8, seq_len=4)(lambda tp: None)",
     "run": "assert tpcheck.run('builtin:llama-tiny', (2,), backend='sim').outcome == 'PASS'",
 }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from tpcheck.groups.base import TPGroup
     from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
+    from tpcheck.planning import PlanResult, plan
     from tpcheck.records import Check, FirstDivergence, Report, Verdict
     from tpcheck.spec import Case, ModelSpec
     from tpcheck.subjects import subject
@@ -43,6 +44,7 @@ _HOMES = {
     "Partial": "placement",
     "Placement": "placement",
     "PlanError": "errors",
+    "PlanResult": "planning",
     "Replicate": "placement",
     "Report": "records",
     "ScheduleError": "errors",
@@ -52,6 +54,7 @@ _HOMES = {
     "TPCheckError": "errors",
     "TPGroup": "groups.base",
     "Verdict": "records",
+    "plan": "planning",
     "run": "workflow",
     "subject": "subjects",
 }
@@ -68,6 +71,7 @@ __all__ = [
     "Partial",
     "Placement",
     "PlanError",
+    "PlanResult",
     "Replicate",
     "Report",
     "ScheduleError",
@@ -78,6 +82,7 @@ __all__ = [
     "TPGroup",
     "Verdict",
     "__version__",
+    "plan",
     "run",
     "subject",
 ]

@@ -1,0 +1,330 @@
+"""Read a config, whole or a fragment, as the facts of its parts.
+
+Requirement: every spelling that models use (GPT-2's n_head, Falcon's num_kv_heads, Megatron's
+num_query_groups) comes out as one fact; a fact that is not a number is a PlanError that names it;
+what is not there stays unknown and is never guessed, except where Hugging Face's own default for
+that model type says it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from tpcheck.engines.facts import Facts, Linear, Part
+from tpcheck.engines.quant_reading import read_quant
+from tpcheck.errors import PlanError
+
+Config = Mapping[str, Any]
+
+_SPELLINGS: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("hidden_size", "embed_dim", "n_embd", "d_model", "hidden", "h"),
+    "intermediate_size": (
+        "intermediate_size",
+        "ffn_hidden_size",
+        "n_inner",
+        "ffn_dim",
+        "mlp_hidden_size",
+        "i",
+    ),
+    "num_attention_heads": (
+        "num_attention_heads",
+        "n_head",
+        "n_heads",
+        "num_heads",
+        "encoder_attention_heads",
+        "attention_heads",
+        "H",
+    ),
+    "num_key_value_heads": (
+        "num_key_value_heads",
+        "num_query_groups",
+        "num_kv_heads",
+        "n_head_kv",
+        "multi_query_group_num",
+        "KV",
+    ),
+    "head_dim": ("head_dim", "kv_channels", "hd"),
+    "v_head_dim": ("v_head_dim", "v_head_size", "hd_v"),
+    "vocab_size": ("vocab_size", "padded_vocab_size", "v"),
+    "moe_intermediate_size": ("moe_intermediate_size", "moe_ffn_hidden_size", "expert_dim"),
+    "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "shared_expert_intermediate_size": ("shared_expert_intermediate_size",),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "sharded_dim": ("sharded_dim", "n"),
+    "ep_size": ("ep_size",),
+    "tp_grain_size": ("tp_grain_size",),
+    "make_vocab_size_divisible_by": ("make_vocab_size_divisible_by",),
+    "decode_context_parallel_size": ("decode_context_parallel_size",),
+    "kv_size_multiplier": ("kv_size_multiplier",),
+    "batch": ("batch",),
+    "seq_len": ("seq_len",),
+}
+"""Fact → the fields it may stand in, the first one given wins."""
+
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "mistral": {"num_key_value_heads": 8},
+    "mixtral": {"num_key_value_heads": 8},
+    "gemma": {"head_dim": 256},
+    "gemma2": {"head_dim": 256, "num_key_value_heads": 4},
+    "gemma3_text": {"head_dim": 256, "num_key_value_heads": 4, "num_attention_heads": 8},
+    "qwen3": {"head_dim": 128},
+    "qwen3_moe": {"num_key_value_heads": 4},
+    "gpt_oss": {"head_dim": 64, "num_key_value_heads": 8},
+    "starcoder2": {"num_key_value_heads": 2},
+}
+"""What Hugging Face's config class of a model type assumes when a field is absent."""
+
+_RUN_DEFAULTS = {
+    "ep_size": 1,
+    "tp_grain_size": 64,
+    "make_vocab_size_divisible_by": 128,
+    "decode_context_parallel_size": 1,
+}
+"""What engines assume of a run."""
+
+_PLAIN_MLP = frozenset(
+    "gpt2 opt falcon bloom gpt_neox gptj gpt_neo gpt_bigcode starcoder2 phi mpt codegen nemotron"
+    " stablelm_epoch persimmon siglip_vision_model clip_vision_model intern_vit_6b".split()
+)
+_FOUR_TIMES_HIDDEN = frozenset("gpt2 falcon bloom gptj gpt_neo gpt_bigcode mpt codegen".split())
+
+_TENSORS = {
+    "qkv_proj": "qkv_proj q_proj k_proj v_proj query_key_value qkv c_attn wqkv W_pack",
+    "o_proj": "o_proj out_proj dense wo",
+    "gate_up_proj": "gate_up_proj gate_proj up_proj w1 w3 c_fc fc1 fc_in dense_h_to_4h",
+    "down_proj": "down_proj w2 c_proj fc2 fc_out dense_4h_to_h scales scale_inv qzeros",
+    "lm_head": "lm_head embed_tokens embed_out vocab",
+    "experts": "experts",
+}
+_SCOPES = {name: scope for scope, names in _TENSORS.items() for name in names.split()}
+_STAGES = ("create", "load", "run")
+
+
+def read_facts(config: Config, *, role: str = "text", where: str = "config") -> Facts:
+    """Return the facts of one part.
+
+    Raises:
+        PlanError: a field is malformed; names it and its value.
+    """
+    model_type = _word(config, "model_type", where)
+    numbers = {fact: _number(config, names, where) for fact, names in _SPELLINGS.items()}
+    for fact, default in _DEFAULTS.get(model_type or "", {}).items():
+        if numbers[fact] is None:
+            numbers[fact] = default
+    _derive(numbers, config, model_type, where)
+    uses_mla = config.get("kv_lora_rank") is not None
+    gated = role == "text" and model_type not in _PLAIN_MLP
+    quant = read_quant(config, where)
+    tensor = _scope(config, where)
+    linears = _linears(numbers, config, uses_mla=uses_mla, gated=gated)
+    known: dict[str, Any] = {
+        fact: value if value is not None else _RUN_DEFAULTS.get(fact)
+        for fact, value in numbers.items()
+    }
+    return Facts(
+        **known,
+        role=role,
+        model_type=model_type,
+        architecture=_architecture(config, where),
+        uses_mla=uses_mla,
+        gated=gated,
+        tied=config.get("tie_word_embeddings") is True,
+        dtype=_dtype(config),
+        quant=quant,
+        linears=tuple(one for one in linears if tensor in (None, one.name.rpartition(".")[2])),
+        tensor=tensor,
+        stage=_choice(config, "stage", _STAGES, "run", where),
+        device=_choice(config, "device", ("cuda", "cpu"), "cuda", where),
+        compute_capability=_capability(config, where),
+        memory=_memory(config, where),
+        inference_v2="v2" in str(config.get("mode") or ""),
+        use_local_output=config.get("local", config.get("use_local_output")) is not False,
+    )
+
+
+def _derive(
+    numbers: dict[str, int | None], config: Config, model_type: str | None, where: str
+) -> None:
+    """Fill in what follows from other fields."""
+    hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
+    if config.get("kv_lora_rank") is not None and numbers["v_head_dim"]:
+        turned, straight = (
+            _count(config, f"qk_{kind}_head_dim", where) for kind in ("rope", "nope")
+        )
+        numbers["head_dim"] = turned + straight or numbers["head_dim"]
+    if numbers["num_key_value_heads"] is None and heads is not None:
+        shared = config.get("multi_query") is True and not config.get("new_decoder_architecture")
+        numbers["num_key_value_heads"] = 1 if shared else heads
+    if not numbers["head_dim"] and hidden and heads and hidden % heads == 0:
+        numbers["head_dim"] = hidden // heads
+    if numbers["v_head_dim"] is None:
+        numbers["v_head_dim"] = numbers["head_dim"]
+    if numbers["intermediate_size"] is None and hidden:
+        ratio = config.get("mlp_ratio") or config.get("expansion_ratio")
+        if isinstance(ratio, (int, float)) and 0 < ratio < 1000:
+            numbers["intermediate_size"] = max(1, int(hidden * ratio))
+        elif model_type in _FOUR_TIMES_HIDDEN:
+            numbers["intermediate_size"] = 4 * hidden
+    elif model_type == "qwen" and numbers["intermediate_size"]:
+        # the first Qwen counts gate and up together
+        numbers["intermediate_size"] //= 2
+    _derive_experts(numbers, config, where)
+
+
+def _derive_experts(numbers: dict[str, int | None], config: Config, where: str) -> None:
+    width, experts = numbers["moe_intermediate_size"], numbers["num_experts"]
+    if experts and width is None and "num_local_experts" in config:
+        numbers["moe_intermediate_size"] = width = numbers["intermediate_size"]
+    shared = _number(config, ("n_shared_experts", "num_shared_experts"), where)
+    if shared and width and numbers["shared_expert_intermediate_size"] is None:
+        numbers["shared_expert_intermediate_size"] = shared * width
+    all_sparse = not (
+        _count(config, "first_k_dense_replace", where)
+        or config.get("mlp_only_layers")
+        or _count(config, "decoder_sparse_step", where) > 1
+    )
+    if experts and width and all_sparse:
+        numbers["intermediate_size"] = None
+
+
+def _linears(
+    numbers: Mapping[str, int | None], config: Config, *, uses_mla: bool, gated: bool
+) -> list[Linear]:
+    """Return the weights in the order in which a model builds them."""
+    hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
+    kv, head_dim, v_dim = (
+        numbers[name] for name in ("num_key_value_heads", "head_dim", "v_head_dim")
+    )
+    outs = (Part(hidden, 1),) if hidden else ()
+    found = []
+    if heads and head_dim and v_dim:
+        if uses_mla:
+            found.append(Linear("self_attn.q_b_proj", "columns", None, (Part(heads, head_dim),)))
+            nope = _count(config, "qk_nope_head_dim", "config")
+            expanded = Part(heads, nope + v_dim)
+            found.append(Linear("self_attn.kv_b_proj", "columns", None, (expanded,)))
+        elif kv:
+            parts = (Part(heads, head_dim), Part(kv, head_dim), Part(kv, v_dim))
+            found.append(Linear("self_attn.qkv_proj", "columns", hidden, parts))
+        found.append(Linear("self_attn.o_proj", "rows", heads * v_dim, outs))
+    for where, fact in (("mlp", "intermediate_size"), ("mlp.shared_expert", _SHARED)):
+        width = numbers[fact]
+        if width:
+            columns = (Part(width, 1),) * (2 if gated else 1)
+            found.append(Linear(f"{where}.gate_up_proj", "columns", hidden, columns))
+            found.append(Linear(f"{where}.down_proj", "rows", width, outs))
+    found += _one_linear(config)
+    return found
+
+
+_SHARED = "shared_expert_intermediate_size"
+
+
+def _one_linear(config: Config) -> list[Linear]:
+    """Read a fragment that is one weight: K, N and `style`, or what one rank gets of K."""
+    if "input_size_per_partition" in config and "K" not in config:
+        local = _number(config, ("input_size_per_partition",), "config")
+        return [Linear("linear", "local", local, ())]
+    k, n = (_number(config, (name,), "config") for name in ("K", "N"))
+    if k is None or n is None:
+        return []
+    style = _choice(config, "style", ("rows", "columns"), "rows", "config")
+    return [Linear("linear", style, k, (Part(n, 1),))]
+
+
+def _count(config: Config, name: str, where: str) -> int:
+    """Read a number that is 0 where it is not given."""
+    return _number(config, (name,), where) or 0
+
+
+def _number(config: Config, names: tuple[str, ...], where: str) -> int | None:
+    for name in names:
+        value = config.get(name)
+        if isinstance(value, (list, tuple)) and value and all(map(_is_count, value)):
+            # one per layer: what divides their greatest common divisor divides all of them
+            value = math.gcd(*value)
+        if value is None:
+            continue
+        if not _is_count(value):
+            if value == 0 and value is not False and name in _MAY_BE_ZERO:
+                continue
+            raise PlanError(
+                f"{where}: {name}={value!r}, but should be a whole number of at least 1"
+            )
+        return int(value)
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_MAY_BE_ZERO = frozenset(
+    "first_k_dense_replace n_shared_experts num_shared_experts qk_nope_head_dim qk_rope_head_dim"
+    " num_experts num_local_experts n_routed_experts moe_intermediate_size num_key_value_heads"
+    " shared_expert_intermediate_size head_dim n_inner v_head_dim".split()
+)
+
+
+def _word(config: Config, name: str, where: str) -> str | None:
+    value = config.get(name)
+    if value is not None and not isinstance(value, str):
+        raise PlanError(f"{where}: {name}={value!r}, but should be text")
+    return value
+
+
+def _choice(config: Config, name: str, known: tuple[str, ...], default: str, where: str) -> str:
+    value = config.get(name)
+    if value is None:
+        return default
+    if value not in known:
+        raise PlanError(f"{where}: {name}={value!r}, but should be one of {', '.join(known)}")
+    return str(value)
+
+
+def _architecture(config: Config, where: str) -> str | None:
+    names = config.get("architectures")
+    if not names:
+        return None
+    if not isinstance(names, (list, tuple)) or not isinstance(names[0], str):
+        raise PlanError(f"{where}: architectures={names!r}, but should be a list of class names")
+    return names[0]
+
+
+def _dtype(config: Config) -> str | None:
+    value = config.get("torch_dtype") or config.get("dtype")
+    return str(value).removeprefix("torch.") if value else None
+
+
+def _capability(config: Config, where: str) -> str:
+    value = str(config.get("compute_capability") or "8.0")
+    if not re.fullmatch(r"\d+(\.\d)?", value):
+        raise PlanError(f"{where}: compute_capability={value!r}, but should look like 8.0")
+    return value
+
+
+def _scope(config: Config, where: str) -> str | None:
+    name = _word(config, "tensor", where)
+    if name is None:
+        return None
+    last = name.partition(" ")[0].rpartition(".")[2]
+    if last not in _SCOPES:
+        known = ", ".join(_TENSORS)
+        raise PlanError(f"{where}: tensor={name!r}, but should be one of {known}")
+    return _SCOPES[last]
+
+
+def _memory(config: Config, where: str) -> tuple[float, ...] | None:
+    """Read the memory of each device; "equal" or nothing is the same on all."""
+    for name in ("gpu_mem_gb", "gpu_split"):
+        value = config.get(name)
+        if value is None or value in ("equal", "auto"):
+            continue
+        sizes = value if isinstance(value, (list, tuple)) else ()
+        if not sizes or not all(isinstance(size, (int, float)) and size > 0 for size in sizes):
+            raise PlanError(f"{where}: {name}={value!r}, but should be a list of sizes in GB")
+        return tuple(float(size) for size in sizes)
+    return None
