@@ -77,34 +77,45 @@ class _Trial:
         self._seen = seen
         self._progress = progress
         self._start = start
-        self._failed = False
+        self._failed: Verdict | None = None
         self.passed = 0
 
     def verdicts(self, case: Case) -> list[Verdict]:
         """Return the case's verdicts, up to the first that is not PASS."""
         if self._progress is not None:
-            text = "shrinking" if self._failed else f"s{case.seed}-b{case.batch}-t{case.seq_len}"
+            text = (
+                "shrinking"
+                if self._failed is not None
+                else f"s{case.seed}-b{case.batch}-t{case.seq_len}"
+            )
             self._progress(self._start + self.passed, self._plan.limit, text)
         settings = replace(self._plan.settings, locate=False)
         judges = self._judges(case, settings)
         confirm = self._confirms
         made: list[Verdict] = []
-        for tp_size in sorted(self._plan.tp_sizes):
+        for tp_size in self._degrees:
             for judge in judges:
                 verdict = judge.verdict(tp_size)
                 if confirm and verdict.outcome == PASS:
                     verdict = judge.against_real_ranks(verdict)
                 made.append(verdict)
                 if verdict.outcome != PASS:
-                    self._failed = True
+                    self._failed = verdict
                     return made
-        self.passed += not self._failed
+        self.passed += self._failed is None
         return made
+
+    @property
+    def _degrees(self) -> list[int]:
+        """Ascending; once something failed, what only a larger degree shows is no smaller case."""
+        sizes = self._plan.tp_sizes
+        largest = max(sizes) if self._failed is None else self._failed.tp_size
+        return sorted(size for size in sizes if size <= largest)
 
     @property
     def _confirms(self) -> bool:
         simulated = self._ranks.label == "sim" and self._plan.settings.confirm
-        return simulated and not self._failed and self.passed % CONFIRM_EVERY == 0
+        return simulated and self._failed is None and self.passed % CONFIRM_EVERY == 0
 
     def smallest(self, case: Case, found: Found) -> Verdict:
         """Return the failing verdict of the smallest case, located and confirmed."""
