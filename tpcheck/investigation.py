@@ -232,7 +232,10 @@ class Investigation:
             evidence = replace(evidence, floor=noise_floor(casts, moved))
             if structural(evidence).outcome != FAIL:
                 return evidence
-        moved.append((self._run(self._noisy_task, evidence.tp_size)[0], evidence.exact[0]))
+        still = evidence.exact[0]
+        if self._pinned:  # else choices that a fault flips would raise the limit it is held to
+            still = self._run(replace(self._noisy_task, perturb_seed=None), evidence.tp_size)[0]
+        moved.append((self._run(self._noisy_task, evidence.tp_size)[0], still))
         return replace(evidence, floor=noise_floor(casts, moved))
 
     @cached_property

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 import tpcheck
+from tpcheck.faults import FAULTS
+from tpcheck.faults.planting import planted_decoder
 from tpcheck.inputs import make_inputs, token_ids
 from tpcheck.records import Verdict
 from tpcheck.reference.decoder import build_decoder
@@ -465,3 +467,34 @@ def test_an_alarm_that_one_token_carries_is_measured_with_other_weights():
     (verdict,) = verdicts(build, (6,), dtypes=("float32",), batch=1, seed=1)
     assert verdict.outcome == "PASS"
     assert verdict.checks["drift"].facts["ratio"] < 2.5
+
+
+TWO_LAYERS_OF_EXPERTS = ModelSpec(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    head_dim=8,
+    num_experts=8,
+    num_experts_per_tok=2,
+    moe_intermediate_size=48,
+    shared_expert_intermediate_size=48,
+    max_position_embeddings=16,
+)
+
+
+@pytest.mark.parametrize("name", ["", "shared_expert_reduced_twice", "shared_expert_not_reduced"])
+def test_choices_that_a_fault_flips_do_not_raise_the_limit_it_is_held_to(name):
+    @tpcheck.subject(spec=TWO_LAYERS_OF_EXPERTS, seq_len=16)
+    def build(tp):
+        decoder = planted_decoder(TWO_LAYERS_OF_EXPERTS, FAULTS[name] if name else None, tp)
+        for layer in decoder.layers:  # hard float32 casts, as real norms have
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.register_forward_hook(lambda _, __, y: y.float().to(y.dtype))
+        return decoder
+
+    (verdict,) = verdicts(build, (2,))
+    structural = verdict.checks["structural"]
+    assert structural.facts["limit"] < 1e-4
+    assert structural.outcome == ("FAIL" if name else "PASS")
