@@ -5,11 +5,17 @@ running it again.
 """
 
 import os
+import signal
 
 from hypothesis import settings
 
 # many ranks share few cores; set before anything imports torch, and for every child process
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# a shell starts background jobs with SIGINT ignored, and every process they start inherits that:
+# what tests send Ctrl-C to has to get it wherever the tests run
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["pytester"]
 
