@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import tpcheck
 from tpcheck.pytest_plugin import tp_degrees
 from tpcheck.reference.decoder import build_decoder
+from tpcheck.reference.layout import cut, logical_tensors
+from tpcheck.shard_plan import STRICT, SplitPolicy
 from tpcheck.spec import ModelSpec
 from tpcheck.strategies import model_specs
 
@@ -133,3 +135,20 @@ def uneven_row_linear(whole_D: int, features: int, exact: bool = False, seq_len:
 def build_on_a_rank(world: Any, build: Build) -> None:
     """A job: build on one rank and nothing else."""
     build(world.group(seed=0, dtype=torch.float64, weight_dtype=torch.float32))
+
+
+def split_decoder(
+    spec: ModelSpec, policy: SplitPolicy, seq_len: int = 3, poison: float | None = None
+) -> Build:
+    """The reference decoder of a spec, split by a policy at TP > 1; `poison` fills all its pads."""
+
+    @tpcheck.subject(vocab_size=spec.vocab_size, seq_len=min(seq_len, spec.max_position_embeddings))
+    def build(tp):
+        model = build_decoder(spec, tp, policy=policy if tp.size > 1 else STRICT)
+        if poison is not None:
+            for name, (local, _) in model.shards().items():
+                part = cut(spec, model.plan, tp.rank, logical_tensors(spec)[name])
+                local.narrow(part.dim, part.real, part.pads).fill_(poison)
+        return model
+
+    return build

@@ -12,6 +12,8 @@ from tpcheck.groups.jobs import Job, World
 from tpcheck.groups.simulated import SimulatedRanks
 from tpcheck.reference.checkpoint import load_decoder
 from tpcheck.reference.decoder import Decoder, build_decoder
+from tpcheck.reference.layout import cut, logical_tensors
+from tpcheck.shard_plan import STRICT, SplitPolicy
 from tpcheck.spec import ModelSpec
 
 
@@ -24,6 +26,8 @@ class Run:
     dtype: torch.dtype = torch.float64
     weight_dtype: torch.dtype = torch.bfloat16
     poison: bool = False
+    poison_with: float = float("nan")
+    policy: SplitPolicy = STRICT
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +53,11 @@ def rank_job(world: World, run: Run) -> Reply:
     """Build the decoder and collect what the tests look at."""
     tp: Any = world.group(seed=3, dtype=run.dtype, weight_dtype=run.weight_dtype)
     by_spec = isinstance(run.model, ModelSpec)
-    decoder = build_decoder(run.model, tp) if by_spec else load_decoder(run.model, tp)
+    decoder = (
+        build_decoder(run.model, tp, policy=run.policy) if by_spec else load_decoder(run.model, tp)
+    )
     if run.poison:
-        poison_pads(decoder)
+        poison_pads(decoder, run.poison_with)
     seen: dict[str, tuple[torch.Tensor, torch.Tensor, Any, Any]] = {}
     handles = []
     for fqn, (module, before, after) in decoder.trace_points.items():
@@ -70,13 +76,24 @@ def rank_job(world: World, run: Run) -> Reply:
     return Reply(logits, decoder.shards(), collectives, decode(decoder, run.ids), seen)
 
 
-def poison_pads(decoder: Decoder) -> None:
-    """Fill the vocabulary's pad rows with NaN."""
-    pads = decoder.embed_tokens.rows.size
-    decoder.embed_tokens.weight_vD.data[pads:] = float("nan")
-    decoder.lm_head.weight_vD.data[pads:] = float("nan")
-    if decoder.lm_head.bias_v is not None:
-        decoder.lm_head.bias_v.data[pads:] = float("nan")
+def logits_job(world: World, run: Run) -> torch.Tensor:
+    """Build the decoder of a spec and return its logits, nothing else: for runs by the thousand."""
+    tp: Any = world.group(seed=3, dtype=run.dtype, weight_dtype=run.weight_dtype)
+    decoder = build_decoder(run.model, tp, policy=run.policy)
+    if run.poison:
+        poison_pads(decoder, run.poison_with)
+    return decoder(run.ids)
+
+
+def poison_pads(decoder: Decoder, poison: float) -> int:
+    """Fill every pad of every weight, and return how many elements that were."""
+    poisoned = 0
+    for name, (local, _) in decoder.shards().items():
+        tensor = logical_tensors(decoder.spec)[name]
+        part = cut(decoder.spec, decoder.plan, decoder.embed_tokens.tp.rank, tensor)
+        pads = local.narrow(part.dim, part.real, part.pads)
+        poisoned += pads.fill_(poison).numel()
+    return poisoned
 
 
 def decode(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from tpcheck.errors import IllegalDegreeError, PlanError
 from tpcheck.shard_plan import legal_tp_sizes, make_shard_plan
 from tpcheck.spec import ModelSpec
 
-_SOURCE = "tpcheck/shard_plan.py"
+_SOURCE = "tpcheck/shard_plan/"
 
 
 _ANY = math.lcm(*range(1, 65))

@@ -2,7 +2,9 @@
 
 Requirement: one all-reduce, in o_proj (and two small ones for q/k norm across heads). A rank
 attends with its query heads to the KV heads they belong to; with more ranks than KV heads
-neighbours hold a copy of one (shard_plan: [KV Replication]).
+neighbours hold a copy of one (shard_plan: [KV Replication]). Where query heads do not come in equal
+groups per KV head, because a rank holds parts of groups or pads, each is told its KV head. What
+padded heads give is left out of o_proj (linear: [Pads]).
 
 Shape legend: B batch, T tokens, S tokens seen so far, D hidden, H query heads, K kv heads,
 d head_dim; capital = full, lower case = this rank's.
@@ -15,6 +17,7 @@ from torch import nn
 
 from tpcheck.groups.base import TPGroup
 from tpcheck.reference.cache import Cache
+from tpcheck.reference.layout import attended_places, counted_places
 from tpcheck.reference.linear import ColumnParallelLinear, RowParallelLinear
 from tpcheck.reference.norm import RMSNorm, ShardedRMSNorm, wide
 from tpcheck.reference.rope import apply_rope
@@ -41,12 +44,24 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(f"{name}.q_norm", spec.norm_eps, weights)
             self.k_norm = RMSNorm(f"{name}.k_norm", spec.norm_eps, weights)
         elif spec.qk_norm == "across_heads":
-            heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
-            self.q_norm = ShardedRMSNorm(f"{name}.q_norm", spec, weights, tp, heads=heads)
-            self.k_norm = ShardedRMSNorm(
-                f"{name}.k_norm", spec, weights, tp, heads=kv_heads, replicas=plan.kv_replicas
+            counts = {"q": spec.num_attention_heads, "k": spec.num_key_value_heads}
+            splits = {"q": "query", "k": "kv"}
+            self.q_norm, self.k_norm = (
+                ShardedRMSNorm(
+                    f"{name}.{part}_norm",
+                    spec,
+                    weights,
+                    tp,
+                    heads=counts[part],
+                    counted=counted_places(spec, plan, tp.rank, splits[part]),
+                )
+                for part in "qk"
             )
         self.o_proj = RowParallelLinear(f"{name}.o_proj", weights, tp)
+        places = attended_places(spec, plan, tp.rank)
+        kv_heads = len(self.k_proj.weight_fD) // spec.head_dim
+        grouped = kv_heads > 0 and places == _equal_groups(len(places), kv_heads)
+        self.places = None if grouped else torch.tensor(places, dtype=torch.int64, device=tp.device)
 
     def forward(self, x_BTD: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Return what every token gathers from those up to it; `cache` holds earlier calls'."""
@@ -59,11 +74,19 @@ class Attention(nn.Module):
             k_BkSd = apply_rope(k_BkSd, self.spec, start)
         if cache is not None:
             k_BkSd, v_BkSd = cache.extend(self.layer, k_BkSd, v_BkSd)
+        if self.places is not None:
+            k_BkSd = k_BkSd.index_select(1, self.places)
+            v_BkSd = v_BkSd.index_select(1, self.places)
         y_BhTd = attend(q_BhTd, k_BkSd, v_BkSd, start=start, window=self.spec.sliding_window)
         return self.o_proj(y_BhTd.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(*x.shape[:-1], -1, self.spec.head_dim)
+
+
+def _equal_groups(heads: int, kv_heads: int) -> tuple[int, ...]:
+    """Return each query head's KV head where equally many neighbours share one."""
+    return tuple(head // (heads // kv_heads) for head in range(heads) if heads >= kv_heads)
 
 
 def attend(
@@ -78,7 +101,7 @@ def attend(
 
     A query sees the positions up to its own; with a window only the last `window` of them.
     """
-    group = q_BhTd.shape[1] // k_BkSd.shape[1]
+    group = q_BhTd.shape[1] // max(1, k_BkSd.shape[1])
     k_BhSd = k_BkSd.repeat_interleave(group, dim=1)
     v_BhSd = v_BkSd.repeat_interleave(group, dim=1)
     scores_BhTS = wide(q_BhTd @ k_BhSd.transpose(-2, -1)) * q_BhTd.shape[-1] ** -0.5

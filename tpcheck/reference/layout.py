@@ -1,175 +1,28 @@
-"""The decoder's weights: their Hugging Face names, shapes, and what splits them. Torch-free.
+"""The decoder's weights and their cuts, as the plan says them: where the decoder looks them up.
 
-Requirement: which dim of which weight is split, and by what, is said once; the modules, their
-shards and their placements follow from it, and a checkpoint is held against the same table.
-A bias that the spec does not have is absent here, which is how modules know.
+Requirement: what splits which weight is said once, beside the plan, because costs are counted from
+it without a decoder (shard_plan: `tensors`, `cuts`). Torch-free.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from tpcheck.shard_plan.cuts import (
+    Cut,
+    activation_placement,
+    attended_places,
+    counted_places,
+    cut,
+    is_even,
+)
+from tpcheck.shard_plan.tensors import LogicalTensor, logical_tensors
 
-from tpcheck.placement import Placement, Replicate, Shard, Slices
-from tpcheck.shard_plan import ShardPlan, Span
-from tpcheck.spec import ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class LogicalTensor:
-    """A whole weight. `split` is what `dim` counts: "query", "kv", "vocab" or a width, or "".
-
-    A width is "intermediate", "moe_intermediate" or "shared_expert_intermediate".
-    """
-
-    shape: tuple[int, ...]
-    split: str = ""
-    dim: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """What one rank holds of a tensor: `span` of `dim`, and `pads` zero rows behind it."""
-
-    dim: int
-    span: Span
-    pads: int
-    placement: Placement
-
-
-def logical_tensors(spec: ModelSpec) -> dict[str, LogicalTensor]:
-    """Return every weight of a spec by its name, in order of execution."""
-    vocab_shape = (spec.vocab_size, spec.hidden_size)
-    tensors = {"model.embed_tokens.weight": LogicalTensor(vocab_shape, "vocab")}
-    if spec.position == "learned":
-        shape = (spec.max_position_embeddings, spec.hidden_size)
-        tensors["model.embed_positions.weight"] = LogicalTensor(shape)
-    for layer in range(spec.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        tensors |= _norm(f"{prefix}.input_layernorm", spec)
-        tensors |= _attention(f"{prefix}.self_attn", spec)
-        tensors |= _norm(f"{prefix}.post_attention_layernorm", spec)
-        feed_forward = _experts if spec.num_experts else _mlp
-        tensors |= feed_forward(f"{prefix}.mlp", spec)
-    tensors |= _norm("model.norm", spec)
-    if not spec.tie_word_embeddings:
-        tensors["lm_head.weight"] = LogicalTensor(vocab_shape, "vocab")
-    if spec.lm_head_bias:
-        tensors["lm_head.bias"] = LogicalTensor((spec.vocab_size,), "vocab")
-    return tensors
-
-
-def cut(spec: ModelSpec, plan: ShardPlan, rank: int, tensor: LogicalTensor) -> Cut:
-    """Return which part of a tensor `rank` holds, and the placement that says so."""
-    if not tensor.split:
-        return Cut(0, Span(0, tensor.shape[0]), 0, Replicate())
-    if tensor.split == "vocab":
-        span = plan.ranks[rank].vocab
-        pads = plan.vocab_rows - span.size
-        even = plan.padded_vocab_size == spec.vocab_size
-        return Cut(tensor.dim, span, pads, Shard(tensor.dim) if even else _held(tensor.dim, span))
-    span = span_of(spec, plan, rank, tensor.split)
-    return Cut(
-        tensor.dim, span, 0, activation_placement(spec, plan, rank, tensor.split, tensor.dim)
-    )
-
-
-def span_of(spec: ModelSpec, plan: ShardPlan, rank: int, split: str) -> Span:
-    """Return the features of a query or kv dim, or of a width, that `rank` holds."""
-    mine = plan.ranks[rank]
-    if split.endswith("intermediate"):
-        span: Span = getattr(mine, split)
-        return span
-    heads = mine.query_heads if split == "query" else mine.kv_heads
-    return Span(heads.start * spec.head_dim, heads.stop * spec.head_dim)
-
-
-def activation_placement(
-    spec: ModelSpec, plan: ShardPlan, rank: int, split: str, dim: int, unit: int = 1
-) -> Placement:
-    """Return how a dim of `split` features lies on the ranks: KV heads may be held several times.
-
-    Args:
-        unit: features per index of `dim`; head_dim where it counts heads.
-    """
-    if split != "kv" or plan.kv_replicas == 1:
-        return Shard(dim)
-    span = span_of(spec, plan, rank, split)
-    return _held(dim, Span(span.start // unit, span.stop // unit))
-
-
-def _held(dim: int, span: Span) -> Slices:
-    before = (slice(None),) * dim
-    local, whole = slice(0, span.size), slice(span.start, span.stop)
-    return Slices([((*before, local), (*before, whole))] if span.size else [])
-
-
-def _attention(prefix: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
-    queries = spec.num_attention_heads * spec.head_dim
-    keys = spec.num_key_value_heads * spec.head_dim
-    tensors: dict[str, LogicalTensor] = {}
-    for name, rows, split in (
-        ("q_proj", queries, "query"),
-        ("k_proj", keys, "kv"),
-        ("v_proj", keys, "kv"),
-    ):
-        tensors |= _column(f"{prefix}.{name}", rows, split, spec.hidden_size, spec.attention_bias)
-    if spec.qk_norm == "per_head":
-        for name in ("q_norm", "k_norm"):
-            tensors[f"{prefix}.{name}.weight"] = LogicalTensor((spec.head_dim,))
-    if spec.qk_norm == "across_heads":
-        tensors[f"{prefix}.q_norm.weight"] = LogicalTensor((queries,), "query")
-        tensors[f"{prefix}.k_norm.weight"] = LogicalTensor((keys,), "kv")
-    return tensors | _row(
-        f"{prefix}.o_proj", queries, "query", spec.hidden_size, spec.attention_out_bias
-    )
-
-
-def _mlp(prefix: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
-    names = ("gate_proj", "up_proj") if spec.mlp == "gated" else ("up_proj",)
-    size, hidden, bias = spec.intermediate_size, spec.hidden_size, spec.mlp_bias
-    return _feed_forward(prefix, names, size, "intermediate", hidden, bias)
-
-
-def _experts(prefix: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
-    """The router, every expert, and the shared expert behind its own gate."""
-    names, hidden = ("gate_proj", "up_proj"), spec.hidden_size
-    tensors = {f"{prefix}.gate.weight": LogicalTensor((spec.num_experts, hidden))}
-    size, shared = spec.moe_intermediate_size, spec.shared_expert_intermediate_size
-    for expert in range(spec.num_experts):
-        where, split = f"{prefix}.experts.{expert}", "moe_intermediate"
-        tensors |= _feed_forward(where, names, size, split, hidden, spec.mlp_bias)
-    if shared:
-        tensors[f"{prefix}.shared_expert_gate.weight"] = LogicalTensor((1, hidden))
-        where, split = f"{prefix}.shared_expert", "shared_expert_intermediate"
-        tensors |= _feed_forward(where, names, shared, split, hidden, bias=False)
-    return tensors
-
-
-def _feed_forward(
-    prefix: str, columns: tuple[str, ...], size: int, split: str, hidden: int, bias: bool
-) -> dict[str, LogicalTensor]:
-    tensors: dict[str, LogicalTensor] = {}
-    for name in columns:
-        tensors |= _column(f"{prefix}.{name}", size, split, hidden, bias)
-    return tensors | _row(f"{prefix}.down_proj", size, split, hidden, bias)
-
-
-def _column(name: str, rows: int, split: str, columns: int, bias: bool) -> dict[str, LogicalTensor]:
-    tensors = {f"{name}.weight": LogicalTensor((rows, columns), split)}
-    if bias:
-        tensors[f"{name}.bias"] = LogicalTensor((rows,), split)
-    return tensors
-
-
-def _row(name: str, columns: int, split: str, rows: int, bias: bool) -> dict[str, LogicalTensor]:
-    tensors = {f"{name}.weight": LogicalTensor((rows, columns), split, dim=1)}
-    if bias:
-        tensors[f"{name}.bias"] = LogicalTensor((rows,))
-    return tensors
-
-
-def _norm(name: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
-    tensors = {f"{name}.weight": LogicalTensor((spec.hidden_size,))}
-    if spec.norm_type == "layer":
-        tensors[f"{name}.bias"] = LogicalTensor((spec.hidden_size,))
-    return tensors
+__all__ = [
+    "Cut",
+    "LogicalTensor",
+    "activation_placement",
+    "attended_places",
+    "counted_places",
+    "cut",
+    "is_even",
+    "logical_tensors",
+]

@@ -3,6 +3,9 @@
 Requirement: exactly one all-reduce per pair. The column half needs none, because every rank makes
 its own output features; the row half sums what the ranks' input features contribute.
 
+[Pads] Padded features are computed like all others. The row half then leaves them out, with the
+columns that would meet them: whatever they hold, NaN included, is in no product and in no sum.
+
 Shape legend: B batch, T tokens, D hidden, F features; capital = full, lower case = this rank's.
 """
 
@@ -19,6 +22,13 @@ from tpcheck.reference.weights import RankWeights
 def frozen(tensor: torch.Tensor) -> nn.Parameter:
     """Return a parameter that takes no gradient: the decoder only runs forward."""
     return nn.Parameter(tensor, requires_grad=False)
+
+
+def row_term(x_BTf: torch.Tensor, w_Df: torch.Tensor, real: int | None) -> torch.Tensor:
+    """Return a rank's term of a row-parallel product: of its first `real` features, or of all."""
+    if real is not None:
+        x_BTf, w_Df = x_BTf[..., :real], w_Df[:, :real]
+    return functional.linear(x_BTf, w_Df)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -44,9 +54,10 @@ class RowParallelLinear(nn.Module):
         self.weight_Df = frozen(weights.load(f"{name}.weight"))
         bias_D = weights.load_optional(f"{name}.bias")
         self.bias_D = None if bias_D is None else frozen(bias_D)
+        self.real = weights.real(f"{name}.weight")
 
     def forward(self, x_BTf: torch.Tensor) -> torch.Tensor:
         """Return the whole output, equal on every rank."""
-        y_BTD_partial = functional.linear(x_BTf, self.weight_Df)
+        y_BTD_partial = row_term(x_BTf, self.weight_Df, self.real)
         y_BTD = self.tp.all_reduce(y_BTD_partial)
         return y_BTD if self.bias_D is None else y_BTD + self.bias_D

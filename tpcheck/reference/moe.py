@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from tpcheck.groups.base import TPGroup
-from tpcheck.reference.linear import ColumnParallelLinear, frozen
+from tpcheck.reference.linear import ColumnParallelLinear, frozen, row_term
 from tpcheck.reference.mlp import ACTIVATIONS
 from tpcheck.reference.norm import wide
 from tpcheck.reference.weights import RankWeights
@@ -53,13 +53,14 @@ class Expert(nn.Module):
         self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", weights)
         self.up_proj = ColumnParallelLinear(f"{name}.up_proj", weights)
         self.down_Df = frozen(weights.load(f"{name}.down_proj.weight"))
+        self.real = weights.real(f"{name}.down_proj.weight")
         bias_D = weights.load_optional(f"{name}.down_proj.bias")
         self.bias_D = None if bias_D is None else frozen(bias_D)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return down(act(gate(x)) * up(x)) over this rank's features, without down's bias."""
         y_f = self.activation(self.gate_proj(x)) * self.up_proj(x)
-        return functional.linear(y_f, self.down_Df)
+        return row_term(y_f, self.down_Df, self.real)
 
 
 class Experts(nn.ModuleList):

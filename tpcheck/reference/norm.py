@@ -63,8 +63,8 @@ class LayerNorm(nn.Module):
 class ShardedRMSNorm(nn.Module):
     """RMSNorm over all heads together, [B, T, h, d] -> [B, T, h, d], heads split across ranks.
 
-    The ranks' sums of squares are added by an all-reduce. Where several ranks hold a copy of one
-    KV head only the first of them counts it.
+    The ranks' sums of squares are added by an all-reduce. Of a KV head that is held several times
+    only the first copy counts, and a padded head never does.
     """
 
     def __init__(
@@ -75,20 +75,20 @@ class ShardedRMSNorm(nn.Module):
         tp: TPGroup,
         *,
         heads: int,
-        replicas: int = 1,
+        counted: tuple[int, ...],
     ) -> None:
         super().__init__()
         self.tp = tp
         self.eps = spec.norm_eps
         self.full_size = heads * spec.head_dim
-        self.counts = tp.rank % replicas == 0
         self.weight_hd = frozen(weights.load(f"{name}.weight").view(-1, spec.head_dim))
+        every = counted == tuple(range(len(self.weight_hd)))
+        self.counted = None if every else torch.tensor(counted, dtype=torch.int64, device=tp.device)
 
     def forward(self, x_BThd: torch.Tensor) -> torch.Tensor:
         """Return this rank's heads, normalized by the rms over all ranks' heads."""
         x_wide = wide(x_BThd)
-        squares_BT_partial = x_wide.square().sum((-2, -1), keepdim=True)
-        if not self.counts:
-            squares_BT_partial = torch.zeros_like(squares_BT_partial)
+        counted = x_wide if self.counted is None else x_wide.index_select(-2, self.counted)
+        squares_BT_partial = counted.square().sum((-2, -1), keepdim=True)
         mean_square = self.tp.all_reduce(squares_BT_partial) / self.full_size
         return (x_wide * torch.rsqrt(mean_square + self.eps)).to(x_BThd.dtype) * self.weight_hd

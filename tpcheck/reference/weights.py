@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from tpcheck.groups.base import TPGroup
 from tpcheck.placement import Placement
-from tpcheck.reference.layout import cut, logical_tensors
+from tpcheck.reference.layout import Cut, cut, logical_tensors
 from tpcheck.shard_plan import ShardPlan
 from tpcheck.spec import ModelSpec
 
@@ -52,16 +52,29 @@ class RankWeights:
         self.shards: dict[str, tuple[torch.Tensor, Placement]] = {}
 
     def load(self, name: str) -> torch.Tensor:
-        """Return this rank's part of a weight, with zero rows where its vocabulary is padded."""
+        """Return this rank's part of a weight, with zeros where it is padded."""
         tensor = self._tensors[name]
-        part = cut(self._spec, self._plan, self._rank, tensor)
-        local = self._source.slice(name, tensor.shape, part.dim, part.span.start, part.span.stop)
+        part = self.cut(name)
+        runs = [
+            self._source.slice(name, tensor.shape, part.dim, run.whole.start, run.whole.stop)
+            for run in part.runs
+        ]
+        local = runs[0] if len(runs) == 1 else torch.cat(runs, part.dim)
         if part.pads:
             behind = [0, 0] * (local.ndim - 1 - part.dim)
             local = functional.pad(local, (*behind, 0, part.pads))
         local = local.contiguous()
         self.shards[name] = (local, part.placement)
         return local
+
+    def cut(self, name: str) -> Cut:
+        """Return which part of a weight this rank holds."""
+        return cut(self._spec, self._plan, self._rank, self._tensors[name])
+
+    def real(self, name: str) -> int | None:
+        """Return how many indices of a weight's split dim are real; None where all are."""
+        part = self.cut(name)
+        return part.real if part.pads else None
 
     def load_optional(self, name: str) -> torch.Tensor | None:
         """Return this rank's part of a weight, None where the spec has no such weight."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from tpcheck.strategies.drawing import as_spec, generated_cases
 from tpcheck.strategies.models import Point, model_specs, points
+from tpcheck.strategies.policies import split_policies
 from tpcheck.strategies.quant import QuantBlock, quant_blocks, whole_blocks
 from tpcheck.strategies.shapes import (
     DTYPES,
@@ -52,6 +53,7 @@ __all__ = [
     "model_specs",
     "points",
     "quant_blocks",
+    "split_policies",
     "token_counts",
     "tp_degrees",
     "vocab_sizes",
