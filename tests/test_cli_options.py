@@ -53,7 +53,18 @@ SELFCHECK = {
     "--quiet": False,
     "--no-progress": False,
 }
-COMMANDS = {"run": RUN, "selfcheck": SELFCHECK}
+PLAN = {
+    "model": None,
+    "--engine": [],
+    "--tp": None,
+    "--seq-len": None,
+    "--batch": None,
+    "--kv-dtype": None,
+    "--weights": False,
+    "--json": None,
+    "--quiet": False,
+}
+COMMANDS = {"run": RUN, "plan": PLAN, "selfcheck": SELFCHECK}
 
 
 def options_of(command: Any) -> dict[str, Any]:

@@ -26,7 +26,9 @@ ORDER = (
     "hf_config pieces",
     "shard_plan",
     "engines sharding",
-    "planning",
+    "planning plan_memory",
+    "header_check",
+    "plan_command",
     "records",
     "groups",
     "reference",
@@ -173,7 +175,9 @@ def test_surfaces_reports_and_gates_load_no_torch() -> None:
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["--version"]]
+)
 def test_help_loads_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"

@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -127,6 +127,37 @@ def run(
     outputs.write(report)
     outputs.show(report, quiet=quiet)
     raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A config.json, the directory that holds it, or - for stdin.")
+    ],
+    engine: options.Engines = [],  # noqa: B006 - typer copies it
+    tp: options.Tp = None,
+    seq_len: options.CacheLength = None,
+    batch: options.CacheBatch = None,
+    kv_dtype: options.CacheDType = None,
+    weights: options.Weights = False,
+    json_path: options.JsonPath = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Which degrees can MODEL run at, on which engine, and why not? From its config alone."""
+    engines, tp_sizes = options.parse_engines(engine), options.parse_tp_sizes(tp)
+    if seq_len is None and (batch is not None or kv_dtype is not None):
+        name = "--batch" if batch is not None else "--kv-dtype"
+        raise TPCheckError(f"{name}: is about the KV cache, but --seq-len is missing")
+    outputs = Outputs(json_path)
+    outputs.assert_writable()
+    from tpcheck.plan_command import exit_code, plan_records
+    from tpcheck.plan_memory import Request
+    from tpcheck.render.plan import render_plan
+
+    request = Request(seq_len, batch or 1, kv_dtype.value if kv_dtype else None)
+    found: Any = plan_records(model, engines, tp_sizes, request, weights=weights)
+    outputs.publish(found, render_plan(found), quiet=quiet)
+    raise typer.Exit(exit_code(found, asked=engines is not None))
 
 
 @app.command()

@@ -33,6 +33,15 @@ class DType(StrEnum):
     float32 = "float32"
 
 
+class KvDType(StrEnum):
+    """The dtypes a KV cache is kept in."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float8 = "float8"
+
+
 def parse_tp_sizes(text: str | None) -> tuple[int, ...] | None:
     """Return the degrees of `--tp 2,4,8` in order, each once; None stands for the default.
 
@@ -57,6 +66,18 @@ def _seconds(value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise TPCheckError(f"--timeout={value}, but should be a finite number of seconds above 0")
     return value
+
+
+def parse_engines(texts: list[str]) -> tuple[str, ...] | None:
+    """Return the engines of `--engine vllm,sglang --engine tgi`, each once; None stands for all.
+
+    Raises:
+        TPCheckError: a name is empty.
+    """
+    names = [name.strip() for text in texts for name in text.split(",")]
+    if not all(names):
+        raise TPCheckError(f"--engine={','.join(texts)!r}, but should be names like vllm,sglang")
+    return tuple(dict.fromkeys(names)) or None
 
 
 Tp = Annotated[str | None, typer.Option("--tp", metavar="2,4,8", help="Degrees to run.")]
@@ -105,6 +126,22 @@ HtmlPath = Annotated[Path | None, typer.Option("--html", metavar="PATH", help="W
 JunitPath = Annotated[Path | None, typer.Option("--junit", metavar="PATH", help="Write JUnit XML.")]
 MarkdownPath = Annotated[
     Path | None, typer.Option("--markdown", metavar="PATH", help="Write Markdown.")
+]
+Engines = Annotated[
+    list[str],
+    typer.Option("--engine", metavar="vllm,sglang", help="Repeatable; without it, every engine."),
+]
+CacheLength = Annotated[
+    int | None, typer.Option("--seq-len", min=1, help="Tokens per row that the KV cache holds.")
+]
+CacheBatch = Annotated[
+    int | None, typer.Option("--batch", min=1, help="Rows that the KV cache holds (default 1).")
+]
+CacheDType = Annotated[
+    KvDType | None, typer.Option("--kv-dtype", help="The KV cache's dtype; default: the model's.")
+]
+Weights = Annotated[
+    bool, typer.Option("--weights", help="Hold the safetensors headers against the config too.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the first line only, no progress.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar on stderr.")]
