@@ -487,3 +487,11 @@ def test_a_plan_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_fragment_without_heads_is_planned_at_once():
+    results = plan({"hidden_size": 4096, "intermediate_size": 11008}, tp_sizes=(2, 3, 8))
+    assert {one.tp_size for one in results if one.engine == "reference"} == {2, 3, 8}
+    outcomes = {one.tp_size: one.outcome for one in results if one.engine == "reference"}
+    assert outcomes[2] == outcomes[8] == "ok"
+    assert outcomes[3] == "error", "11008 does not divide by 3"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 from tpcheck.errors import IllegalDegreeError
 from tpcheck.shard_plan.dividing import Division, divide, divide_heads
@@ -116,7 +117,11 @@ def _first(
 
 def _replicas(kv: Division) -> int:
     """Return on how many ranks the KV head is that most ranks hold."""
-    return max(Counter(head for span in kv.spans for head in range(*span)).values())
+    # spans change where they start and stop: heads are not counted one by one, they may be many
+    held = [span for span in kv.spans if span.size]
+    edges = Counter(span.start for span in held)
+    edges.subtract(span.stop for span in held)
+    return max(accumulate(edges[edge] for edge in sorted(edges)))
 
 
 def _refusal(
