@@ -13,10 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tpcheck.engines.survey import ENGINES
+from tpcheck.engines.parts import read_parts
+from tpcheck.engines.registry import engine_named
 from tpcheck.errors import PlanError, TPCheckError
 from tpcheck.files import read_json
 from tpcheck.hf_config import read_config
+from tpcheck.json_reader import parse_json
 from tpcheck.plan_memory import Request, rank_memory
 from tpcheck.planning import PlanResult, plan
 
@@ -50,6 +52,7 @@ def plan_records(
     config = read_model(model)
     if weights and not Path(model).is_dir():
         raise TPCheckError(f"--weights: MODEL={model!r}, but should be a directory of safetensors")
+    _need_heads(config, "stdin" if model == STDIN else model)
     degrees = tuple(tp_sizes or DEFAULT_TP_SIZES)
     held = _checkpoint(model, config, degrees) if weights else dict.fromkeys(degrees)
     records = config_records(config, engines, degrees, request)
@@ -107,6 +110,21 @@ def read_model(model: str) -> Mapping[str, Any]:
     return _object(read_json(path), model)
 
 
+def _need_heads(config: Mapping[str, Any], where: str) -> None:
+    """Raise where no decoder says its heads: every answer would be about something else.
+
+    Raises:
+        PlanError: names the field, and what takes a fragment.
+    """
+    decoders = [facts for _, facts in read_parts(config) if facts.role == "text"]
+    if not any(facts.num_attention_heads for facts in decoders):
+        raise PlanError(
+            f"{where}: num_attention_heads=None, but should be the number of heads, under this or"
+            " another model's name of it (n_head, n_heads, num_heads); tpcheck.plan() takes"
+            " fragments of a config"
+        )
+
+
 def _object(fields: Any, where: str) -> Mapping[str, Any]:
     if not isinstance(fields, dict):
         raise PlanError(f"{where}: a {type(fields).__name__}, but should be an object of fields")
@@ -114,8 +132,6 @@ def _object(fields: Any, where: str) -> Mapping[str, Any]:
 
 
 def _read_stdin() -> Any:
-    from tpcheck.header_check import parse_json  # a file is read without it
-
     try:
         return parse_json(sys.stdin.buffer.read())
     except (ValueError, RecursionError) as error:
@@ -151,7 +167,7 @@ def _memory(config: Mapping[str, Any], result: PlanResult, request: Request) -> 
         request,
         sizes=result.sizes,
         outcome=result.outcome,
-        splits_towers=ENGINES[result.engine].splits_towers,
+        splits_towers=engine_named(result.engine).splits_towers,
     )
     return {**asdict(held), "missing": list(held.missing), **asdict(request)}
 

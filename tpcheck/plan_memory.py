@@ -3,32 +3,24 @@
 Requirement: whether a degree fits a device is known before the model is downloaded, from the same
 config that says whether it is legal. Quantized weights count with their scales and zero points;
 copies (KV heads, routers, norms) count on every rank; the fullest rank is the one that counts.
-What the config does not say makes a number unknown, never a guess. Biases and convolutions are
-left out: together they are below one percent.
+What the config does not say makes a number unknown, never a guess, and so do layers of a kind that
+is not counted here. Biases, norms and convolutions are in `engines.extras`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from tpcheck.engines.extras import UNCOUNTED, Vector, joining, vectors
 from tpcheck.engines.facts import Facts, Quant, ceil_div
 from tpcheck.engines.parts import read_parts
+from tpcheck.engines.stored_bytes import DTYPE_BYTES, dtype_bytes, scale_bytes, stored_bits
 from tpcheck.errors import PlanError
 
 Config = Mapping[str, Any]
-
-DTYPE_BYTES = {
-    "float64": 8,
-    "float32": 4,
-    "bfloat16": 2,
-    "float16": 2,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "float8": 1,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +116,33 @@ def rank_memory(
             missing += [f"{name}.{field}" if name else field for field in lacking]
             continue
         ranks = tp_size if facts.role == "text" or splits_towers else 1
+        ranks = 1 if own.get("whole") else ranks
         for one in _weights(facts, fields, ranks, own, pads_widths=outcome == "pad"):
             weights += _weight_bytes(one, facts, ranks)
             real += one.out.size * one.into.size * one.times
             extra = one.out.pads() * one.into.size + one.into.pads() * one.out.size
             padded += extra * one.times
+        small = [_vector_sizes(one, facts, ranks, own) for one in _vectors(facts, fields)]
+        weights += sum(held for held, _ in small) * dtype_bytes(facts.dtype)
+        real += sum(whole for _, whole in small)
         if facts.role == "text":
             cache = _cache_bytes(facts, fields, ranks, request, own)
     if missing:
         return RankMemory(None, None, None, tuple(missing))
+    joined = _joined(config, parts)
+    weights += joined
     share = float(Fraction(padded, real)) if real else None
     seen = None if outcome == "pad" and not padded else share
     return RankMemory(weights, cache, seen)
+
+
+def _joined(config: Config, parts: Sequence[tuple[str, Facts]]) -> int:
+    """Return the bytes of what joins a tower and its decoder."""
+    towers = [facts for _, facts in parts if facts.role == "tower"]
+    text = next(facts for _, facts in parts if facts.role == "text")
+    return sum(
+        joining(config, tower.hidden_size or 0, text.hidden_size or 0) for tower in towers
+    ) * dtype_bytes(text.dtype)
 
 
 def _fields(config: Config, name: str) -> Config:
@@ -153,7 +160,9 @@ def _lacking(facts: Facts, fields: Config) -> list[str]:
         lacking.append("num_hidden_layers")
     if facts.intermediate_size is None and facts.moe_intermediate_size is None:
         lacking.append("intermediate_size")
-    if facts.quant is not None and _bits(facts.quant) is None:
+    if facts.model_type in UNCOUNTED:
+        lacking.append(f"the layers of model_type={facts.model_type!r}")
+    if facts.quant is not None and stored_bits(facts.quant) is None:
         lacking.append(f"bytes of quant_method={facts.quant.method!r}")
     return lacking
 
@@ -203,23 +212,51 @@ def _weights(
     yield from _attention(facts, fields, hidden, layers, tp_size, sizes)
     sparse = len(sparse_layers(facts, fields))
     gates = 2 if facts.gated else 1
+    held = _held_widths(sizes, tp_size)
     if facts.intermediate_size and layers > sparse:
-        width = _width(facts.intermediate_size, tp_size, pads_widths)
+        width = _width(facts, "intermediate_size", tp_size, held, pads=pads_widths)
         yield _Weight("mlp.gate_up_proj", width, hidden, gates * (layers - sparse))
         yield _Weight("mlp.down_proj", hidden, width, layers - sparse)
     if sparse:
         experts = _known(facts.num_experts)
-        width = _width(_known(facts.expert_width), tp_size, pads_widths)
+        name = "moe_intermediate_size" if facts.moe_intermediate_size else "intermediate_size"
+        width = _width(facts, name, tp_size, held, pads=pads_widths)
         yield _Weight("mlp.experts.gate_up_proj", width, hidden, gates * experts * sparse)
         yield _Weight("mlp.experts.down_proj", hidden, width, experts * sparse)
         yield _Weight("mlp.gate", _Sides(experts), hidden, sparse, linear=False)
         if facts.shared_expert_intermediate_size:
-            width = _width(facts.shared_expert_intermediate_size, tp_size, pads_widths)
+            width = _width(facts, _SHARED, tp_size, held, pads=pads_widths)
             yield _Weight("mlp.shared_expert.gate_up_proj", width, hidden, gates * sparse)
             yield _Weight("mlp.shared_expert.down_proj", hidden, width, sparse)
-    yield _Weight("norm", _Sides(1), hidden, 2 * layers + 1, linear=False)
     if facts.role == "text":
         yield from _vocabulary(facts, fields, hidden, sizes)
+
+
+def _vectors(facts: Facts, fields: Config) -> Iterator[Vector]:
+    layers = _layers(facts, fields) or 0
+    return vectors(facts, fields, layers, len(sparse_layers(facts, fields)))
+
+
+def _vector_sizes(
+    one: Vector, facts: Facts, tp_size: int, sizes: Mapping[str, Any]
+) -> tuple[int, int]:
+    """Return what the fullest rank holds of a vector, and what the model has."""
+    units = {
+        "query": facts.num_attention_heads,
+        "kv": facts.num_key_value_heads,
+        "intermediate": facts.intermediate_size,
+        "moe_intermediate": facts.expert_width,
+        "vocab": facts.vocab_size,
+    }.get(one.split)
+    if not units:
+        return one.elements, one.elements
+    padded = {
+        "query": _said(sizes, "attention", "heads") or _said(sizes, "heads", "padded_heads"),
+        "kv": _said(sizes, "attention", "kv_heads"),
+        "vocab": _said(sizes, "vocab", "padded"),
+    }
+    side = _Sides(units, one.elements // units, split=True, padded=padded.get(one.split, 0))
+    return side.local(tp_size), one.elements
 
 
 def _vocabulary(
@@ -233,7 +270,9 @@ def _vocabulary(
         yield _Weight("lm_head", rows, hidden, linear=False)
     positions = _number(fields, _LEARNED_POSITIONS.get(facts.model_type or "", ""))
     if positions:
-        yield _Weight("embed_positions", _Sides(positions), hidden, linear=False)
+        # OPT keeps two rows before the first position
+        more = 2 * (facts.model_type == "opt")
+        yield _Weight("embed_positions", _Sides(positions + more), hidden, linear=False)
 
 
 _TIED_BY_DEFAULT = frozenset(
@@ -241,7 +280,11 @@ _TIED_BY_DEFAULT = frozenset(
 )
 """Where Hugging Face's config class ties the head to the embedding unless told otherwise."""
 
-_LEARNED_POSITIONS = {"gpt2": "n_positions", "opt": "max_position_embeddings"}
+_LEARNED_POSITIONS = {
+    "gpt2": "n_positions",
+    "gpt_bigcode": "n_positions",
+    "opt": "max_position_embeddings",
+}
 
 
 def _attention(
@@ -278,8 +321,24 @@ def _attention(
     yield _Weight("self_attn.kv_b_proj", expanded, _Sides(latent), layers)
 
 
-def _width(size: int, tp_size: int, pads: bool) -> _Sides:
-    return _Sides(size, split=True, padded=ceil_div(size, tp_size) * tp_size if pads else 0)
+_SHARED = "shared_expert_intermediate_size"
+
+
+def _held_widths(sizes: Mapping[str, Any], tp_size: int) -> dict[str, int]:
+    """Return field → how wide all ranks hold it together, where an engine's plan says that."""
+    named = sizes.get("widths")
+    held = dict(named) if isinstance(named, Mapping) else {}
+    for name in ("per_rank_size", "padded_experts", "padded_ispp"):
+        local = sizes.get(name)
+        if isinstance(local, int) and (name != "padded_ispp" or sizes.get("pad_ok")):
+            held["moe_intermediate_size"] = local * tp_size
+    return held
+
+
+def _width(facts: Facts, name: str, tp_size: int, held: Mapping[str, int], *, pads: bool) -> _Sides:
+    size = _known(getattr(facts, name))
+    even = ceil_div(size, tp_size) * tp_size if pads else 0
+    return _Sides(size, split=True, padded=held.get(name, even))
 
 
 def _known(value: int | None) -> int:
@@ -296,47 +355,20 @@ def _said(sizes: Mapping[str, Any], area: str, name: str) -> int:
 # -- bytes
 
 
-def _bits(quant: Quant) -> int | None:
-    """Return the bits of one stored weight, None for a method whose form is not known."""
-    if quant.method.startswith(("fp8", "mxfp8")) or quant.method in ("fbgemm_fp8", "w8a8_fp8"):
-        return 8
-    if quant.method.startswith(("gptq", "awq", "wna16", "compressed")):
-        return quant.bits
-    return 4 if quant.method.startswith(("mxfp4", "nvfp4", "modelopt_fp4")) else None
-
-
 def _weight_bytes(weight: _Weight, facts: Facts, tp_size: int) -> int:
     out, into = weight.out.local(tp_size), weight.into.local(tp_size)
     quant = facts.quant
     if quant is None or not weight.linear or _is_left_out(weight.name, quant):
-        return out * into * weight.times * _dtype_bytes(facts.dtype)
-    bits = _bits(quant)
+        return out * into * weight.times * dtype_bytes(facts.dtype)
+    bits = stored_bits(quant)
     assert bits is not None  # `_lacking` has asked
-    return (ceil_div(out * into * bits, 8) + _scale_bytes(quant, out, into)) * weight.times
+    return (ceil_div(out * into * bits, 8) + scale_bytes(quant, out, into)) * weight.times
 
 
 def _is_left_out(name: str, quant: Quant) -> bool:
     if quant.method == "mxfp4" and not name.startswith("mlp.experts"):
         return True  # a checkpoint's MXFP4 is its experts'
     return any(name in one or one in name for one in quant.ignored)
-
-
-def _scale_bytes(quant: Quant, out: int, into: int) -> int:
-    if quant.block:
-        return 4 * ceil_div(out, quant.block[0]) * ceil_div(into, quant.block[1])
-    for prefix, size in (("mxfp", 32), ("nvfp4", 16), ("modelopt_fp4", 16)):
-        if quant.method.startswith(prefix):
-            return out * ceil_div(into, size)
-    if _bits(quant) == 8 and not quant.group_size:
-        return 4
-    groups = ceil_div(into, quant.group_size) if quant.group_size and quant.group_size > 0 else 1
-    zeros = 0 if quant.method.startswith("compressed") else ceil_div(groups * out * quant.bits, 8)
-    order = 4 * into if quant.method.startswith("gptq") else 0
-    return 2 * groups * out + zeros + order
-
-
-def _dtype_bytes(dtype: str | None) -> int:
-    return DTYPE_BYTES.get(dtype or "bfloat16", 2)
 
 
 _WITHOUT_CACHE = ("linear_attention", "mamba", "recurrent", "conv")
@@ -359,7 +391,7 @@ def _cache_bytes(
         wide = _known(facts.head_dim) + (facts.v_head_dim or _known(facts.head_dim))
         per_token = held.local(tp_size) * wide
     tokens = request.seq_len * request.batch
-    return layers * per_token * tokens * _dtype_bytes(request.kv_dtype or facts.dtype)
+    return layers * per_token * tokens * dtype_bytes(request.kv_dtype or facts.dtype)
 
 
 __all__ = ["DTYPE_BYTES", "RankMemory", "Request", "rank_memory", "sparse_layers"]

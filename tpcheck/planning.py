@@ -9,20 +9,21 @@ rules with their source; nothing is looked up by model name.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tpcheck.engines.base import REFUSED, SEVERITY
 from tpcheck.engines.facts import Facts
 from tpcheck.engines.parts import read_parts
-from tpcheck.engines.survey import ENGINES, UP_TO, Decision, decide, survey
+from tpcheck.engines.registry import ENGINE_NAMES, engine_named
+from tpcheck.engines.survey import UP_TO, Decision, decide, survey
 from tpcheck.errors import PlanError, TPCheckError
-from tpcheck.spec import ModelSpec
 
-ENGINE_NAMES = tuple(ENGINES)
-"""The engines that `plan` knows; "reference" is tpcheck's own decoder."""
+if TYPE_CHECKING:
+    from tpcheck.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,7 @@ class PlanResult:
     @property
     def nearest_legal_tp_sizes(self) -> tuple[int, ...]:
         """The legal degrees next to this one, below and above."""
-        below = [size for size in self.legal_tp_sizes if size < self.tp_size][-1:]
-        above = [size for size in self.legal_tp_sizes if size > self.tp_size][:1]
-        return (*below, *above)
+        return _near(self.legal_tp_sizes, self.tp_size)
 
 
 def plan(
@@ -89,7 +88,7 @@ def plan(
     names = _engine_names(engine)
     degrees = _degrees(tp_sizes)
     parts = read_parts(_fields(config))
-    return [_result(name, parts, degree) for name in names for degree in degrees]
+    return [result for name in names for result in _results(name, parts, degrees)]
 
 
 def _engine_names(engine: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -97,7 +96,7 @@ def _engine_names(engine: str | Sequence[str] | None) -> tuple[str, ...]:
         return ENGINE_NAMES
     names = (engine,) if isinstance(engine, str) else tuple(engine)
     for name in names:
-        if name not in ENGINES:
+        if name not in ENGINE_NAMES:
             known = ", ".join(ENGINE_NAMES)
             raise TPCheckError(f"engine={name!r}, but should be one of {known}")
     return names
@@ -114,10 +113,12 @@ def _degrees(tp_sizes: Sequence[int] | int) -> tuple[int, ...]:
 def _fields(config: Mapping[str, Any] | ModelSpec | str | os.PathLike[str]) -> Mapping[str, Any]:
     if isinstance(config, Mapping):
         return config
-    if isinstance(config, ModelSpec):
-        fields = config.to_fields()
-        return {name: value for name, value in fields.items() if value != 0}
-    return _read(Path(config))
+    if isinstance(config, (str, os.PathLike)):
+        return _read(Path(config))
+    if not hasattr(config, "to_fields"):
+        kind = type(config).__name__
+        raise PlanError(f"config: a {kind}, but should be fields, a ModelSpec or a path")
+    return {name: value for name, value in config.to_fields().items() if value != 0}
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -136,36 +137,51 @@ def _read(path: Path) -> Mapping[str, Any]:
     return fields
 
 
-def _result(engine: str, parts: tuple[tuple[str, Facts], ...], tp_size: int) -> PlanResult:
-    decisions = [(name, facts, decide(engine, facts, tp_size)) for name, facts in parts]
-    worst_name, facts, worst = max(decisions, key=lambda one: SEVERITY[one[2].finding.outcome])
-    finding, rule = worst.finding, worst.rule
-    surveys = [survey(engine, one) for _, one in parts]
+def _results(
+    name: str, parts: tuple[tuple[str, Facts], ...], tp_sizes: Sequence[int]
+) -> Iterator[PlanResult]:
+    """Yield one engine's results; which rules apply, and what is legal, is found once for all."""
+    engine = engine_named(name)
+    surveys = [survey(name, facts) for _, facts in parts]
     legal = frozenset.intersection(*(one.legal for one in surveys))
-    where = f"{worst_name}: " if worst_name and finding.outcome != "ok" else ""
-    reason = finding.reason if finding.outcome != "ok" else _summary(facts, tp_size)
-    version = ENGINES[engine].version
-    return PlanResult(
-        engine=engine,
-        tp_size=tp_size,
-        outcome=finding.outcome,
-        reason=where + " ".join(reason.split()),
-        sizes=_merged_sizes(decisions),
-        legal_tp_sizes=tuple(sorted(legal)),
-        source=f"{engine} {version}: {rule.source}" if rule else f"{engine} {version}",
-        rule_id=rule.rule_id if rule else None,
-        error_text=finding.error_text,
-        fix=_fix(finding.fix, legal, tp_size) if finding.outcome in REFUSED else None,
-        part=worst_name,
-        notes=tuple(note for one in surveys for note in one.notes),
-    )
+    listed = tuple(sorted(legal))
+    notes = tuple(note for one in surveys for note in one.notes)
+    for tp_size in tp_sizes:
+        decisions = [
+            (part, facts, decide(engine, one, facts, tp_size))
+            for (part, facts), one in zip(parts, surveys, strict=True)
+        ]
+        worst_part, facts, worst = max(decisions, key=lambda one: SEVERITY[one[2].finding.outcome])
+        finding, rule = worst.finding, worst.rule
+        where = f"{worst_part}: " if worst_part and finding.outcome != "ok" else ""
+        reason = finding.reason if finding.outcome != "ok" else _summary(facts, tp_size)
+        source = f"{name} {engine.version}"
+        yield PlanResult(
+            engine=name,
+            tp_size=tp_size,
+            outcome=finding.outcome,
+            reason=where + " ".join(reason.split()),
+            sizes=_merged_sizes(decisions),
+            legal_tp_sizes=listed,
+            source=f"{source}: {rule.source}" if rule else source,
+            rule_id=rule.rule_id if rule else None,
+            error_text=finding.error_text,
+            fix=_fix(finding.fix, listed, tp_size) if finding.outcome in REFUSED else None,
+            part=worst_part,
+            notes=notes,
+        )
 
 
-def _fix(fix: str | None, legal: frozenset[int], tp_size: int) -> str | None:
+def _near(legal: Sequence[int], tp_size: int) -> tuple[int, ...]:
+    """Return the legal degrees next to this one; `legal` ascends."""
+    at = bisect_left(legal, tp_size)
+    above = legal[at + 1 : at + 2] if tp_size in legal[at : at + 1] else legal[at : at + 1]
+    return (*legal[max(0, at - 1) : at], *above)
+
+
+def _fix(fix: str | None, legal: Sequence[int], tp_size: int) -> str | None:
     """Say what would make a degree legal, and which ones next to it already are."""
-    near = [max((size for size in legal if size < tp_size), default=0)]
-    near.append(min((size for size in legal if size > tp_size), default=0))
-    degrees = " or ".join(str(size) for size in near if size)
+    degrees = " or ".join(map(str, _near(legal, tp_size)))
     ways = (fix, f"use tp_size={degrees}" if degrees else None)
     return "; or ".join(way for way in ways if way) or None
 

@@ -5,32 +5,10 @@ from __future__ import annotations
 from textwrap import dedent
 from typing import Any
 
+from tests.configs import PHI_4, QWEN_72B_INT4
 from tpcheck.plan_command import config_records
 from tpcheck.plan_memory import Request
 from tpcheck.render.plan import render_plan
-
-PHI_4 = {
-    "model_type": "phi3",
-    "architectures": ["Phi3ForCausalLM"],
-    "hidden_size": 5120,
-    "intermediate_size": 17920,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 10,
-    "num_hidden_layers": 40,
-    "vocab_size": 100352,
-    "torch_dtype": "bfloat16",
-}
-QWEN_72B_INT4 = {
-    "model_type": "qwen2",
-    "hidden_size": 8192,
-    "intermediate_size": 29568,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 80,
-    "vocab_size": 152064,
-    "torch_dtype": "float16",
-    "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128},
-}
 
 
 def test_several_engines() -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.configs import PHI_4
 from tpcheck.errors import PlanError, TPCheckError
 from tpcheck.plan_command import config_records, exit_code, plan_records, read_model
 from tpcheck.plan_memory import Request
@@ -21,17 +22,6 @@ from tpcheck.planning import ENGINE_NAMES, plan
 from tpcheck.render.plan import WIDTH, render_plan
 
 DATA = Path(__file__).parents[1] / "data" / "model_configs.json"
-PHI_4 = {
-    "model_type": "phi3",
-    "architectures": ["Phi3ForCausalLM"],
-    "hidden_size": 5120,
-    "intermediate_size": 17920,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 10,
-    "num_hidden_layers": 40,
-    "vocab_size": 100352,
-    "torch_dtype": "bfloat16",
-}
 KEYS = {
     *("model", "engine", "tp_size", "outcome", "legal", "reason", "fix", "error_text", "rule_id"),
     *("part", "sizes", "legal_tp_sizes", "nearest_legal_tp_sizes", "source", "notes"),
@@ -105,7 +95,27 @@ def test_without_an_engine_one_that_runs_is_enough() -> None:
             '{"hidden_size": "big"}',
             "error: config: hidden_size='big', but should be a whole",
         ),
-        (["-", "--engine", "vlm"], "{}", "error: engine='vlm', but should be one of reference, "),
+        (
+            ["-", "--engine", "vlm"],
+            '{"n_head": 8}',
+            "error: engine='vlm', but should be one of reference, ",
+        ),
+        (["-"], "{}", "error: stdin: num_attention_heads=None, but should be the number of heads"),
+        (
+            ["-"],
+            '{"hidden_size": 64, "vision_config": {"num_heads": 4}}',
+            "error: stdin: num_attention_heads=None, but should be the number of heads",
+        ),
+        (
+            ["-"],
+            '{"n_head": 8, "num_attention_heads": 16}',
+            "error: config: num_attention_heads=16, but n_head=8: they say the same thing",
+        ),
+        (
+            ["-"],
+            '{"num_attention_heads": 8, "num_key_value_heads": 3}',
+            "error: config: num_attention_heads=8, but should be a multiple of num_key_value_heads",
+        ),
         (["-", "--engine", ","], "{}", "error: --engine=',', but should be names like vllm,sglang"),
         (["-", "--tp", "0"], "{}", "error: --tp='0', but should be whole numbers"),
         (["-", "--batch", "2"], "{}", "error: --batch: is about the KV cache, but --seq-len is"),
@@ -234,7 +244,8 @@ def test_silently_wrong_is_said_in_the_first_line_and_the_table() -> None:
 @pytest.mark.parametrize("engines", [None, ("vllm",)], ids=["all engines", "one engine"])
 def test_nothing_is_wider_than_the_terminal(engines: tuple[str, ...] | None) -> None:
     for entry in json.loads(DATA.read_text())[::7]:
-        config = {"num_hidden_layers": 40, **entry["config"]}
+        config = entry["config"]
+        config = config if "n_layer" in config else {"num_hidden_layers": 40, **config}
         text = render_plan(config_records(config, engines, (2, 3, 4, 8, 16), CACHE))
         head, *rest = text.splitlines()
         assert "\n" not in head

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.configs import QWEN_30B
 from tpcheck.hf_config import spec_from_config
 from tpcheck.plan_memory import Request, rank_memory
 from tpcheck.shard_plan import logical_tensors, make_shard_plan
@@ -22,19 +23,6 @@ LLAMA_8B = {
     "torch_dtype": "bfloat16",
 }
 MIXTRAL = {**LLAMA_8B, "model_type": "mixtral", "vocab_size": 32000, "num_local_experts": 8}
-QWEN_30B = {
-    "model_type": "qwen3_moe",
-    "hidden_size": 2048,
-    "intermediate_size": 6144,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "num_hidden_layers": 48,
-    "torch_dtype": "bfloat16",
-}
 GPT2 = {
     "model_type": "gpt2",
     "n_embd": 768,
@@ -118,8 +106,7 @@ def test_a_rank_holds_what_its_cuts_hold(config: dict[str, Any], tp_size: int) -
         elements += math.prod(shape)
     weight_bytes = rank_memory(config, tp_size).weight_bytes
     assert weight_bytes is not None
-    head_norms = 2 * 2 * spec.head_dim * spec.num_hidden_layers if "qwen3" in str(config) else 0
-    assert weight_bytes == 2 * elements - head_norms
+    assert weight_bytes == 2 * elements
 
 
 @pytest.mark.parametrize(

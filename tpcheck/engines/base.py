@@ -74,7 +74,8 @@ class Engine:
 
     `sizes` holds (area, facts needed, function). `splits_towers` is False where vision and audio
     towers stay whole on every rank. `legal`, where given, knows the legal degrees up to a bound
-    without asking the rules one by one.
+    without asking the rules one by one; `unknown_format` whether nothing is known of how this
+    engine takes a quantization method.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Engine:
     sizes: tuple[tuple[str, tuple[str, ...], Size], ...] = ()
     splits_towers: bool = True
     legal: Callable[[Facts, int], frozenset[int]] | None = None
+    unknown_format: Callable[[str], bool] | None = None
 
 
 def divisible(
@@ -126,8 +128,8 @@ def padded_fix(facts: Facts, tp_size: int, field: str) -> str | None:
     value = getattr(facts, field, None)
     if value is None:
         return None
-    grain = _grain(facts)
-    if field in _WIDTHS:
+    grain = quant_grain(facts)
+    if field in WIDTHS:
         step = tp_size * grain
     elif field == "num_attention_heads":
         head_dim = facts.head_dim or grain
@@ -138,7 +140,7 @@ def padded_fix(facts: Facts, tp_size: int, field: str) -> str | None:
     return f"pad {field} to {padded}" if padded != value else None
 
 
-_WIDTHS = (
+WIDTHS = (
     "intermediate_size",
     "moe_intermediate_size",
     "shared_expert_intermediate_size",
@@ -146,7 +148,8 @@ _WIDTHS = (
 )
 
 
-def _grain(facts: Facts) -> int:
+def quant_grain(facts: Facts) -> int:
+    """Return how many features share a scale: a block or a group; 1 where none do."""
     quant = facts.quant
     if quant is None:
         return 1
@@ -158,7 +161,7 @@ def _grain(facts: Facts) -> int:
 def width_fix(facts: Facts, tp_size: int, name: str, local: int) -> str | None:
     """Say what makes a quantized weight's shard whole blocks: a wider layer or a smaller block."""
     field = next((field for key, field in _FIELD_OF.items() if key in name), None)
-    grain = _grain(facts)
+    grain = quant_grain(facts)
     ways = []
     if field and getattr(facts, field) is not None:
         ways.append(padded_fix(facts, tp_size, field))

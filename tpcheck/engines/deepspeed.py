@@ -11,9 +11,28 @@ from typing import Any
 
 from tpcheck.engines.base import Engine, Finding, Rule
 from tpcheck.engines.facts import Facts
+from tpcheck.engines.formats import MODULES_OF_THEIR_OWN
 
 _SHARD = "deepspeed/module_inject/tp_shard.py:43-110"
 _V2 = "deepspeed/inference/v2/model_implementations/sharding/qkv.py"
+
+
+def _whole_modules(facts: Facts, tp_size: int) -> Finding | None:
+    if facts.method not in MODULES_OF_THEIR_OWN or tp_size == 1:
+        return None
+    reason = (
+        f"AutoTP splits nn.Linear alone: {facts.method}'s layers stay whole on each of {tp_size}"
+        " ranks, and no memory is saved"
+    )
+    return Finding("replicate", reason, None, {"whole": True})
+
+
+def _is_split(facts: Facts) -> bool:
+    return facts.method not in MODULES_OF_THEIR_OWN
+
+
+def _unknown_format(method: str) -> bool:
+    return method not in MODULES_OF_THEIR_OWN
 
 
 def _by_kv_heads(total: int, kv_heads: int, tp_size: int) -> list[int]:
@@ -78,6 +97,8 @@ def _shards(facts: Facts, tp_size: int) -> Finding | None:
 
 
 def _shard_sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
+    if not _is_split(facts):
+        return {}
     return {
         name: {
             "layer": name,
@@ -89,9 +110,13 @@ def _shard_sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
     }
 
 
+_CODEGEN_GROUPS = 4
+"""As fusedqkv_utils.py:110 has it, after CodeGen's own model file."""
+
+
 def _codegen(facts: Facts, tp_size: int) -> Finding | None:
     kv_heads = facts.num_key_value_heads
-    if kv_heads is None or kv_heads % tp_size == 0:
+    if kv_heads is None or tp_size == 1 or kv_heads % (tp_size * _CODEGEN_GROUPS) == 0:
         return None
     text = "codgen autoTP requires num_kv_heads % (mp_size*codegen_mp_num) == 0"
     return Finding("error", text, text)
@@ -147,7 +172,21 @@ RULES = (
         "model",
         when=lambda facts: facts.model_type == "yuan",
     ),
-    Rule("deepspeed.shard_size", _SHARD, _shards, refuses=False),
+    Rule(
+        "deepspeed.formats",
+        "deepspeed/module_inject/auto_tp.py:666,738-751",
+        _whole_modules,
+        ("quant",),
+        "model",
+        refuses=False,
+    ),
+    Rule("deepspeed.shard_size", _SHARD, _shards, when=_is_split, refuses=False),
 )
 
-ENGINE = Engine("deepspeed", "0.19.5 (edaa7221)", RULES, (("any", (), _shard_sizes),))
+ENGINE = Engine(
+    "deepspeed",
+    "0.19.5 (edaa7221)",
+    RULES,
+    (("any", (), _shard_sizes),),
+    unknown_format=_unknown_format,
+)

@@ -12,10 +12,27 @@ from typing import Any
 
 from tpcheck.engines.base import Engine, Finding, Rule, padded_fix
 from tpcheck.engines.facts import Facts, ceil_div, chunks
+from tpcheck.engines.formats import MODULES_OF_THEIR_OWN, Formats, reading
 
 _SHARD = "torch/distributed/tensor/placement_types.py:340-375"
 _STYLE = "torch/distributed/tensor/parallel/style.py:107,237"
 _PROPAGATION = "Sharding propagation failed for"
+
+
+FORMATS = Formats(
+    "torch/distributed/tensor/parallel/style.py:160,313",
+    frozenset(),
+    refuses=MODULES_OF_THEIR_OWN,
+    text="ColwiseParallel currently only support nn.Linear and nn.Embedding!",
+)
+
+
+def _unsplit(facts: Facts, tp_size: int) -> Finding | None:
+    # one rank needs no parallel style
+    return _FORMATS_RULE.find(facts, tp_size) if tp_size > 1 else None
+
+
+_FORMATS_RULE = reading("dtensor", FORMATS)
 
 
 def _heads(facts: Facts, tp_size: int) -> Finding | None:
@@ -132,10 +149,17 @@ def _sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
 
 
 RULES = (
+    Rule("dtensor.formats", FORMATS.source, _unsplit, ("quant",), "model"),
     Rule("dtensor.view_heads", f"{_SHARD}; torch DTensor view ops", _heads, area="qkv_proj"),
     Rule("dtensor.local_output", _STYLE, _mlp, ("intermediate_size",), "gate_up_proj"),
     Rule("dtensor.embed", _SHARD, _embedding, ("vocab_size",), "lm_head"),
     Rule("dtensor.shard", _SHARD, _shard, refuses=False),
 )
 
-ENGINE = Engine("pytorch-dtensor", "2.13.0", RULES, (("any", (), _sizes),))
+ENGINE = Engine(
+    "pytorch-dtensor",
+    "2.13.0",
+    RULES,
+    (("any", (), _sizes),),
+    unknown_format=FORMATS.is_unknown,
+)

@@ -12,6 +12,7 @@ from typing import Any
 
 from tpcheck.engines.base import Engine, Finding, Rule
 from tpcheck.engines.facts import Facts, ceil_div, round_up
+from tpcheck.engines.formats import Formats, names, reading
 
 _SOURCE = "exllamav2/tensor_p.py"
 _NO_TP = frozenset(
@@ -19,6 +20,21 @@ _NO_TP = frozenset(
     " gpt_bigcode minicpm internlm2 granite".split()
 )
 """Model types that have a loader without support; an unknown one is loaded as a llama."""
+
+
+FORMATS = Formats(
+    "exllamav2/module.py:112-143",
+    names("exl2 gptq"),
+    why="ExLlamaV2 reads EXL2 and GPTQ, and no {method}",
+    fix="convert the unquantized checkpoint to EXL2",
+)
+
+
+def _split_format(facts: Facts, tp_size: int) -> Finding | None:
+    if tp_size == 1 or facts.method != "gptq":
+        return None
+    text = "Can only split fully loaded EXL2 tensor."
+    return Finding("error", f"{text} (the checkpoint is GPTQ)", text, fix=FORMATS.fix)
 
 
 def _width(facts: Facts, tp_size: int) -> Finding | None:
@@ -80,6 +96,14 @@ def _sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
 
 
 RULES = (
+    reading("exllamav2", FORMATS),
+    Rule(
+        "exllamav2.split_format",
+        "exllamav2/linear.py:540-549",
+        _split_format,
+        ("quant",),
+        "model",
+    ),
     Rule("exllamav2.arch", f"{_SOURCE}:56-57", _architecture, area="model"),
     Rule("exllamav2.mlp", f"{_SOURCE}:58-59", _width, ("intermediate_size",), "model"),
 )

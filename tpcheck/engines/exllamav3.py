@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tpcheck.engines import gated_delta
 from tpcheck.engines.base import Engine, Finding, Rule
 from tpcheck.engines.facts import Facts
+from tpcheck.engines.formats import Formats, names, reading
 
 _NO_TP = frozenset(
     "afmoe deepseek_v3 lfm2_moe mistral4 nanochat olmo3 olmo_hybrid qwen3_next".split()
@@ -19,6 +21,21 @@ _NO_TP = frozenset(
 _GRAIN = 128
 _BYTES = 1 << 12
 """Of storage per channel and matrix: small beside a device, so that it only decides ties."""
+
+
+FORMATS = Formats(
+    "exllamav3/modules/linear.py:179-300,435-442",
+    names("exl3 fp8 mxfp4"),
+    refuses=names(
+        "gptq gptq_marlin awq awq_marlin exl2 eetq hqq aqlm vptq spqr higgs marlin gguf"
+        " compressed-tensors moe_wna16 wna16 auto_round"
+    ),
+    text="No tensors found for model.layers.0.self_attn.q_proj matching supported quantization"
+    " format.",
+    why="{method}: No tensors found for model.layers.0.self_attn.q_proj matching supported"
+    " quantization format.",
+    fix="convert the unquantized checkpoint to EXL3",
+)
 
 
 def _architecture(facts: Facts, tp_size: int) -> Finding | None:
@@ -84,6 +101,7 @@ def _sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
 
 
 RULES = (
+    reading("exllamav3", FORMATS),
     Rule("exllamav3.arch", "exllamav3/model/model.py:430", _architecture, area="model"),
     Rule(
         "exllamav3.kv128",
@@ -92,6 +110,14 @@ RULES = (
         ("num_key_value_heads",),
         "model",
     ),
+    *gated_delta.EXLLAMAV3,
 )
 
-ENGINE = Engine("exllamav3", "1.4.1 (4f8ad012)", RULES, (("any", (), _sizes),), splits_towers=False)
+ENGINE = Engine(
+    "exllamav3",
+    "1.4.1 (4f8ad012)",
+    RULES,
+    (("any", (), _sizes),),
+    splits_towers=False,
+    unknown_format=FORMATS.is_unknown,
+)

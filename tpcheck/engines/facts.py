@@ -81,7 +81,8 @@ class Facts:
 
     `role` is "text" or "tower". `intermediate_size` is a dense MLP's width and
     `moe_intermediate_size` an expert's; `uses_mla` says that keys and values are compressed, so
-    that no rule about KV heads holds. The fields from `ep_size` on are not a model's but a run's.
+    that no rule about KV heads holds; `linear_num_key_heads` and the three beside it are those of
+    layers with linear attention. The fields from `ep_size` on are not a model's but a run's.
     """
 
     role: str = "text"
@@ -98,6 +99,10 @@ class Facts:
     num_experts: int | None = None
     shared_expert_intermediate_size: int | None = None
     num_hidden_layers: int | None = None
+    linear_num_key_heads: int | None = None
+    linear_num_value_heads: int | None = None
+    linear_key_head_dim: int | None = None
+    linear_value_head_dim: int | None = None
     uses_mla: bool = False
     gated: bool = True
     tied: bool = False
@@ -108,6 +113,9 @@ class Facts:
     tensor: str | None = None
     stage: str = "run"
     ep_size: int = 1
+    moe_dp_size: int = 1
+    moe_backend: str | None = None
+    linear_backend: str | None = None
     device: str = "cuda"
     compute_capability: str = "8.0"
     decode_context_parallel_size: int = 1
@@ -115,6 +123,9 @@ class Facts:
     tp_grain_size: int = 64
     make_vocab_size_divisible_by: int = 128
     kv_size_multiplier: int | None = None
+    pad_alignment_size_per_rank: int = 1
+    sequence_parallel: bool = False
+    inference_layers: bool = False
     inference_v2: bool = False
     use_local_output: bool = True
     batch: int | None = None

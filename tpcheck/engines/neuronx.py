@@ -9,13 +9,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpcheck.engines.base import Engine, Finding, Rule, has_kv_heads
+from tpcheck.engines.base import WIDTHS, Engine, Finding, Rule, has_kv_heads
 from tpcheck.engines.facts import Facts, round_up
+from tpcheck.engines.formats import Formats, names, reading
 
 _PAD = "src/neuronx_distributed/parallel_layers/pad.py:13-29"
 _GQA = "examples/inference/modules/gqa.py:46-80"
 _LAYERS = "src/neuronx_distributed/parallel_layers/layers.py:602-640"
 _QKV = "src/neuronx_distributed/modules/qkv_linear.py:444-447"
+
+
+FORMATS = Formats(
+    "src/neuronx_distributed/quantization/quantization_config.py, quantize.py",
+    frozenset(),
+    unsure=names("fp8 fbgemm_fp8 mxfp4 mxfp8"),
+    why="NeuronX Distributed reads no {method} checkpoint: it quantizes unquantized weights itself,"
+    " to int8 or fp8",
+)
 
 
 def _heads_and_kv(facts: Facts, tp_size: int) -> tuple[str, int, int]:
@@ -71,9 +81,23 @@ def _widths(facts: Facts, tp_size: int) -> Finding | None:
         "sharded_dim",
     ):
         size = getattr(facts, field)
-        if size and size % tp_size:
-            return Finding("pad", f"{field}={size} padded to {round_up(size, tp_size)}, pad=True")
+        grain = tp_size * facts.pad_alignment_size_per_rank
+        if size and size % grain:
+            return Finding("pad", f"{field}={size} padded to {round_up(size, grain)}, pad=True")
     return None
+
+
+def _width_sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
+    """Return how wide all ranks hold each width together, and the vocabulary."""
+    grain = tp_size * facts.pad_alignment_size_per_rank
+    widths = {
+        field: round_up(size, grain) for field in WIDTHS if (size := getattr(facts, field, None))
+    }
+    found: dict[str, Any] = {"widths": widths}
+    if facts.vocab_size:
+        padded = round_up(facts.vocab_size, grain)
+        found["vocab"] = {"padded": padded, "per_rank": padded // tp_size}
+    return found
 
 
 def _multiplier(facts: Facts, tp_size: int) -> Finding | None:
@@ -89,6 +113,7 @@ def _multiplier(facts: Facts, tp_size: int) -> Finding | None:
 
 
 RULES = (
+    reading("nxd", FORMATS),
     Rule("nxd.qkv_linear", _QKV, _multiplier, ("kv_size_multiplier",), "qkv_proj"),
     Rule(
         "nxd.heads",
@@ -115,5 +140,6 @@ ENGINE = Engine(
     "neuronx-distributed",
     "2.28.0 (fbac349b)",
     RULES,
-    (("qkv_proj", ("num_attention_heads",), _head_sizes),),
+    (("qkv_proj", ("num_attention_heads",), _head_sizes), ("any", (), _width_sizes)),
+    unknown_format=FORMATS.is_unknown,
 )

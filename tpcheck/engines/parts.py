@@ -57,6 +57,14 @@ def read_parts(config: Config) -> tuple[tuple[str, Facts], ...]:
     return tuple(parts)
 
 
+def part_fields(config: Config, part: str) -> Config:
+    """Return a part's own fields with what it inherits; `part` is a name of `read_parts`."""
+    for name in filter(None, part.split(".")):
+        inherited = {key: config[key] for key in _INHERITED if key in config}
+        config = {**inherited, **config[name]}
+    return config
+
+
 _NOT_A_TOWERS = ("vocab_size", "quantization_config")
 """CLIP's class default leaves a vocabulary in vision configs; towers have none to split."""
 

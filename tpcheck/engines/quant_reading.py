@@ -60,7 +60,9 @@ def _from_checkpoint(fields: Mapping[str, Any], where: str) -> Quant:
     method, bits = _method(named.lower())
     if method == "modelopt":
         method = str(fields.get("quant_algo") or "fp8").lower()
-    ignored = fields.get("modules_to_not_convert") or fields.get("ignore") or ()
+    if method == "bitsandbytes" and fields.get("load_in_8bit") is True:
+        bits = 8
+    ignored = next((fields[name] for name in _IGNORED if fields.get(name)), ())
     if not isinstance(ignored, (list, tuple)):
         raise PlanError(f"{where}: ignored modules={ignored!r}, but should be a list of names")
     names = tuple(name for name in ignored if isinstance(name, str))
@@ -74,6 +76,10 @@ def _from_checkpoint(fields: Mapping[str, Any], where: str) -> Quant:
         fields.get("desc_act") is True,
         ignored=names,
     )
+
+
+_IGNORED = ("modules_to_not_convert", "ignore", "ignored_layers", "llm_int8_skip_modules")
+"""Where tools list the modules that are not quantized."""
 
 
 def _compressed(fields: Mapping[str, Any], names: tuple[str, ...], where: str) -> Quant:
@@ -94,7 +100,7 @@ def _compressed(fields: Mapping[str, Any], names: tuple[str, ...], where: str) -
 
 def _method(word: str) -> tuple[str, int]:
     """Split `gptq-int4` into the method and its bits; other hyphens become underscores."""
-    bits = re.fullmatch(r"(.+?)[-_](?:w|int)(\d+)", word)
+    bits = re.fullmatch(r"(gptq|awq|auto[-_]round|marlin)[-_](?:w|int)(\d+)", word)
     if bits:
         return bits[1].replace("-", "_"), int(bits[2])
     name = word.replace("-", "_")

@@ -8,12 +8,13 @@ that model type says it.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from tpcheck.engines.facts import Facts, Linear, Part
+from tpcheck.engines.facts import Facts
+from tpcheck.engines.fields import choice, count, number, word
+from tpcheck.engines.linears import part_linears
 from tpcheck.engines.quant_reading import read_quant
 from tpcheck.errors import PlanError
 
@@ -26,6 +27,7 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
         "ffn_hidden_size",
         "n_inner",
         "ffn_dim",
+        "encoder_ffn_dim",
         "mlp_hidden_size",
         "i",
     ),
@@ -52,9 +54,17 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "moe_intermediate_size": ("moe_intermediate_size", "moe_ffn_hidden_size", "expert_dim"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "shared_expert_intermediate_size": ("shared_expert_intermediate_size",),
-    "num_hidden_layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "num_hidden_layers": (
+        *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth"),
+    ),
+    "linear_num_key_heads": ("linear_num_key_heads",),
+    "linear_num_value_heads": ("linear_num_value_heads",),
+    "linear_key_head_dim": ("linear_key_head_dim",),
+    "linear_value_head_dim": ("linear_value_head_dim",),
     "sharded_dim": ("sharded_dim", "n"),
     "ep_size": ("ep_size",),
+    "moe_dp_size": ("moe_dp_size",),
+    "pad_alignment_size_per_rank": ("pad_alignment_size_per_rank",),
     "tp_grain_size": ("tp_grain_size",),
     "make_vocab_size_divisible_by": ("make_vocab_size_divisible_by",),
     "decode_context_parallel_size": ("decode_context_parallel_size",),
@@ -79,6 +89,8 @@ _DEFAULTS: dict[str, dict[str, int]] = {
 
 _RUN_DEFAULTS = {
     "ep_size": 1,
+    "moe_dp_size": 1,
+    "pad_alignment_size_per_rank": 1,
     "tp_grain_size": 64,
     "make_vocab_size_divisible_by": 128,
     "decode_context_parallel_size": 1,
@@ -87,8 +99,9 @@ _RUN_DEFAULTS = {
 
 _PLAIN_MLP = frozenset(
     "gpt2 opt falcon bloom gpt_neox gptj gpt_neo gpt_bigcode starcoder2 phi mpt codegen nemotron"
-    " stablelm_epoch persimmon siglip_vision_model clip_vision_model intern_vit_6b".split()
+    " stablelm_epoch persimmon arcee apertus".split()
 )
+_GATED_TOWERS = frozenset("qwen2_5_vl qwen2_5_vl_vision pixtral".split())
 _FOUR_TIMES_HIDDEN = frozenset("gpt2 falcon bloom gptj gpt_neo gpt_bigcode mpt codegen".split())
 
 _TENSORS = {
@@ -109,17 +122,22 @@ def read_facts(config: Config, *, role: str = "text", where: str = "config") -> 
     Raises:
         PlanError: a field is malformed; names it and its value.
     """
-    model_type = _word(config, "model_type", where)
-    numbers = {fact: _number(config, names, where) for fact, names in _SPELLINGS.items()}
+    config = _flattened(config, where)
+    model_type = word(config, "model_type", where)
+    numbers = {fact: number(config, names, where) for fact, names in _SPELLINGS.items()}
+    if role == "tower" and "embed_dim" in config:
+        # Qwen2-VL's tower calls the decoder's width hidden_size
+        numbers["hidden_size"] = number(config, ("embed_dim",), where)
+    _contradict(config, where)
     for fact, default in _DEFAULTS.get(model_type or "", {}).items():
         if numbers[fact] is None:
             numbers[fact] = default
     _derive(numbers, config, model_type, where)
     uses_mla = config.get("kv_lora_rank") is not None
-    gated = role == "text" and model_type not in _PLAIN_MLP
+    gated = model_type not in _PLAIN_MLP if role == "text" else model_type in _GATED_TOWERS
     quant = read_quant(config, where)
     tensor = _scope(config, where)
-    linears = _linears(numbers, config, uses_mla=uses_mla, gated=gated)
+    linears = part_linears(numbers, config, uses_mla=uses_mla, gated=gated)
     known: dict[str, Any] = {
         fact: value if value is not None else _RUN_DEFAULTS.get(fact)
         for fact, value in numbers.items()
@@ -136,13 +154,72 @@ def read_facts(config: Config, *, role: str = "text", where: str = "config") -> 
         quant=quant,
         linears=tuple(one for one in linears if tensor in (None, one.name.rpartition(".")[2])),
         tensor=tensor,
-        stage=_choice(config, "stage", _STAGES, "run", where),
-        device=_choice(config, "device", ("cuda", "cpu"), "cuda", where),
+        stage=choice(config, "stage", _STAGES, "run", where),
+        device=choice(config, "device", ("cuda", "cpu"), "cuda", where),
         compute_capability=_capability(config, where),
         memory=_memory(config, where),
+        moe_backend=_lower(word(config, "moe_backend", where)),
+        linear_backend=_lower(word(config, "linear_backend", where)),
+        sequence_parallel=config.get("sequence_parallel") is True,
+        inference_layers=config.get("inference_layers") is True,
         inference_v2="v2" in str(config.get("mode") or ""),
         use_local_output=config.get("local", config.get("use_local_output")) is not False,
     )
+
+
+_SAME = (
+    ("hidden_size", "n_embd"),
+    ("num_attention_heads", "n_head"),
+    ("num_hidden_layers", "n_layer"),
+)
+"""Pairs of names that say the same thing."""
+
+
+def _contradict(config: Config, where: str) -> None:
+    """Raise where two fields cannot both be true: no engine's answer would mean anything.
+
+    Raises:
+        PlanError: names both fields and their values.
+    """
+    for name, other in _SAME:
+        values = [number(config, (one,), where) for one in (name, other)]
+        if None not in values and values[0] != values[1]:
+            raise PlanError(
+                f"{where}: {name}={values[0]}, but {other}={values[1]}: they say the same thing"
+            )
+    heads, kv_heads = (config.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(kv_heads, int) and kv_heads and heads % kv_heads:
+        raise PlanError(
+            f"{where}: num_attention_heads={heads}, but should be a multiple of"
+            f" num_key_value_heads={kv_heads}"
+        )
+    chosen, experts = (
+        number(config, (name,), where) for name in ("num_experts_per_tok", "num_experts")
+    )
+    if chosen and experts and chosen > experts:
+        raise PlanError(
+            f"{where}: num_experts_per_tok={chosen}, but should be at most num_experts={experts}"
+        )
+
+
+_NESTED = {
+    "attn_config": {"kv_n_heads": "num_key_value_heads"},
+    "ffn_config": {"ffn_hidden_size": "intermediate_size", "moe_num_experts": "num_local_experts"},
+}
+"""Objects in which DBRX and MPT keep some fields → those fields, as the others spell them."""
+
+
+def _flattened(config: Config, where: str) -> Config:
+    """Return a config with the fields of such objects beside the others, which win."""
+    found: dict[str, Any] = {}
+    for name, spellings in _NESTED.items():
+        fields = config.get(name)
+        if fields is None:
+            continue
+        if not isinstance(fields, Mapping):
+            raise PlanError(f"{where}: {name}={fields!r}, but should be an object of fields")
+        found |= {new: fields[old] for old, new in spellings.items() if fields.get(old) is not None}
+    return {**found, **config} if found else config
 
 
 def _derive(
@@ -152,11 +229,14 @@ def _derive(
     hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
     if config.get("kv_lora_rank") is not None and numbers["v_head_dim"]:
         turned, straight = (
-            _count(config, f"qk_{kind}_head_dim", where) for kind in ("rope", "nope")
+            count(config, f"qk_{kind}_head_dim", where) for kind in ("rope", "nope")
         )
         numbers["head_dim"] = turned + straight or numbers["head_dim"]
+    shared = config.get("multi_query") is True and not config.get("new_decoder_architecture")
+    if model_type == "falcon" and shared:
+        # the class writes num_kv_heads=71 beside it, and holds one
+        numbers["num_key_value_heads"] = 1
     if numbers["num_key_value_heads"] is None and heads is not None:
-        shared = config.get("multi_query") is True and not config.get("new_decoder_architecture")
         numbers["num_key_value_heads"] = 1 if shared else heads
     if not numbers["head_dim"] and hidden and heads and hidden % heads == 0:
         numbers["head_dim"] = hidden // heads
@@ -178,111 +258,20 @@ def _derive_experts(numbers: dict[str, int | None], config: Config, where: str) 
     width, experts = numbers["moe_intermediate_size"], numbers["num_experts"]
     if experts and width is None and "num_local_experts" in config:
         numbers["moe_intermediate_size"] = width = numbers["intermediate_size"]
-    shared = _number(config, ("n_shared_experts", "num_shared_experts"), where)
+    shared = number(config, ("n_shared_experts", "num_shared_experts"), where)
     if shared and width and numbers["shared_expert_intermediate_size"] is None:
         numbers["shared_expert_intermediate_size"] = shared * width
     all_sparse = not (
-        _count(config, "first_k_dense_replace", where)
+        count(config, "first_k_dense_replace", where)
         or config.get("mlp_only_layers")
-        or _count(config, "decoder_sparse_step", where) > 1
+        or count(config, "decoder_sparse_step", where) > 1
     )
     if experts and width and all_sparse:
         numbers["intermediate_size"] = None
 
 
-def _linears(
-    numbers: Mapping[str, int | None], config: Config, *, uses_mla: bool, gated: bool
-) -> list[Linear]:
-    """Return the weights in the order in which a model builds them."""
-    hidden, heads = numbers["hidden_size"], numbers["num_attention_heads"]
-    kv, head_dim, v_dim = (
-        numbers[name] for name in ("num_key_value_heads", "head_dim", "v_head_dim")
-    )
-    outs = (Part(hidden, 1),) if hidden else ()
-    found = []
-    if heads and head_dim and v_dim:
-        if uses_mla:
-            found.append(Linear("self_attn.q_b_proj", "columns", None, (Part(heads, head_dim),)))
-            nope = _count(config, "qk_nope_head_dim", "config")
-            expanded = Part(heads, nope + v_dim)
-            found.append(Linear("self_attn.kv_b_proj", "columns", None, (expanded,)))
-        elif kv:
-            parts = (Part(heads, head_dim), Part(kv, head_dim), Part(kv, v_dim))
-            found.append(Linear("self_attn.qkv_proj", "columns", hidden, parts))
-        found.append(Linear("self_attn.o_proj", "rows", heads * v_dim, outs))
-    for where, fact in (("mlp", "intermediate_size"), ("mlp.shared_expert", _SHARED)):
-        width = numbers[fact]
-        if width:
-            columns = (Part(width, 1),) * (2 if gated else 1)
-            found.append(Linear(f"{where}.gate_up_proj", "columns", hidden, columns))
-            found.append(Linear(f"{where}.down_proj", "rows", width, outs))
-    found += _one_linear(config)
-    return found
-
-
-_SHARED = "shared_expert_intermediate_size"
-
-
-def _one_linear(config: Config) -> list[Linear]:
-    """Read a fragment that is one weight: K, N and `style`, or what one rank gets of K."""
-    if "input_size_per_partition" in config and "K" not in config:
-        local = _number(config, ("input_size_per_partition",), "config")
-        return [Linear("linear", "local", local, ())]
-    k, n = (_number(config, (name,), "config") for name in ("K", "N"))
-    if k is None or n is None:
-        return []
-    style = _choice(config, "style", ("rows", "columns"), "rows", "config")
-    return [Linear("linear", style, k, (Part(n, 1),))]
-
-
-def _count(config: Config, name: str, where: str) -> int:
-    """Read a number that is 0 where it is not given."""
-    return _number(config, (name,), where) or 0
-
-
-def _number(config: Config, names: tuple[str, ...], where: str) -> int | None:
-    for name in names:
-        value = config.get(name)
-        if isinstance(value, (list, tuple)) and value and all(map(_is_count, value)):
-            # one per layer: what divides their greatest common divisor divides all of them
-            value = math.gcd(*value)
-        if value is None:
-            continue
-        if not _is_count(value):
-            if value == 0 and value is not False and name in _MAY_BE_ZERO:
-                continue
-            raise PlanError(
-                f"{where}: {name}={value!r}, but should be a whole number of at least 1"
-            )
-        return int(value)
-    return None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-_MAY_BE_ZERO = frozenset(
-    "first_k_dense_replace n_shared_experts num_shared_experts qk_nope_head_dim qk_rope_head_dim"
-    " num_experts num_local_experts n_routed_experts moe_intermediate_size num_key_value_heads"
-    " shared_expert_intermediate_size head_dim n_inner v_head_dim".split()
-)
-
-
-def _word(config: Config, name: str, where: str) -> str | None:
-    value = config.get(name)
-    if value is not None and not isinstance(value, str):
-        raise PlanError(f"{where}: {name}={value!r}, but should be text")
-    return value
-
-
-def _choice(config: Config, name: str, known: tuple[str, ...], default: str, where: str) -> str:
-    value = config.get(name)
-    if value is None:
-        return default
-    if value not in known:
-        raise PlanError(f"{where}: {name}={value!r}, but should be one of {', '.join(known)}")
-    return str(value)
+def _lower(text: str | None) -> str | None:
+    return text.lower() if text else None
 
 
 def _architecture(config: Config, where: str) -> str | None:
@@ -307,7 +296,7 @@ def _capability(config: Config, where: str) -> str:
 
 
 def _scope(config: Config, where: str) -> str | None:
-    name = _word(config, "tensor", where)
+    name = word(config, "tensor", where)
     if name is None:
         return None
     last = name.partition(" ")[0].rpartition(".")[2]

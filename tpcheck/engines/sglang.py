@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tpcheck.engines import sglang_quant
+from tpcheck.engines import gated_delta, sglang_quant
 from tpcheck.engines.base import (
+    WIDTHS,
     Engine,
     Finding,
     Rule,
@@ -21,8 +22,21 @@ from tpcheck.engines.base import (
     replicas,
 )
 from tpcheck.engines.facts import Facts, round_up
+from tpcheck.engines.formats import Formats, names, reading
 
 _VOCAB = "sglang/srt/layers/vocab_parallel_embedding.py:274-286"
+
+
+FORMATS = Formats(
+    "sglang/srt/configs/model_config.py; layers/quantization/__init__.py",
+    names(
+        "fp8 blockwise_int8 modelopt_fp8 modelopt_fp4 nvfp4 w8a8_int8 w8a8_fp8 awq awq_marlin gguf"
+        " bitsandbytes gptq gptq_marlin moe_wna16 compressed-tensors qoq w4afp8 petit_nvfp4"
+        " fbgemm_fp8 quark mxfp4 auto_round modelslim wna16"
+    ),
+    refuses=names("exl2 exl3 eetq spqr vptq higgs quanto bitnet"),
+    text="Unknown quantization method: {method}. Must be one of [...]",
+)
 
 
 def _on_gpu(facts: Facts) -> bool:
@@ -93,11 +107,18 @@ def _cpu_padding(facts: Facts, tp_size: int) -> tuple[int, int]:
 
 def _cpu_width(facts: Facts, tp_size: int) -> Finding | None:
     grain = tp_size * (facts.block[0] if facts.block else 32)
-    for name in ("intermediate_size", "moe_intermediate_size"):
-        width = getattr(facts, name)
-        if width and width % grain:
-            return Finding("pad", f"{name}={width} padded to {round_up(width, grain)} on CPU")
-    return None
+    if facts.method == "mxfp4":
+        grain *= 2  # two values share a byte
+    widths = {
+        name: (size, round_up(size, grain))
+        for name in WIDTHS
+        if (size := getattr(facts, name)) and size % grain
+    }
+    if not widths:
+        return None
+    said = ", ".join(f"{name}={size} padded to {padded}" for name, (size, padded) in widths.items())
+    held = {name: padded for name, (_, padded) in widths.items()}
+    return Finding("pad", f"{said} on CPU", None, {"widths": held})
 
 
 def _head_sizes(facts: Facts, tp_size: int) -> dict[str, Any] | None:
@@ -116,6 +137,7 @@ def _head_sizes(facts: Facts, tp_size: int) -> dict[str, Any] | None:
 
 
 RULES = (
+    reading("sglang", FORMATS),
     *sglang_quant.PREFLIGHT_RULES,
     Rule(
         "sglang.cpu_heads_pad",
@@ -144,6 +166,7 @@ RULES = (
     ),
     kv_multiple("sglang.kv", "sglang/srt/models/llama.py:186-194", when=_on_gpu),
     kv_replicate("sglang.kv_replicate", "sglang/srt/layers/linear.py:1139-1145", when=_on_gpu),
+    *gated_delta.SGLANG,
     divisible(
         "sglang.mlp",
         "intermediate_size",
@@ -185,4 +208,5 @@ ENGINE = Engine(
         ("lm_head", ("vocab_size",), _vocab_sizes),
         ("any", ("quant",), sglang_quant.partition_sizes),
     ),
+    unknown_format=FORMATS.is_unknown,
 )

@@ -20,9 +20,9 @@ def _preflight(facts: Facts, tp_size: int) -> Finding | None:
     assert width is not None
     assert facts.block is not None
     block_n = facts.block[0]
-    moe_tp = tp_size // ep_size
+    moe_tp = tp_size // ep_size // facts.moe_dp_size
     text = None
-    if tp_size % ep_size:
+    if tp_size % ep_size or moe_tp == 0:
         text = f"tp_size {tp_size} must be divisible by ep_size {ep_size}"
     elif width % moe_tp:
         text = (
@@ -162,6 +162,26 @@ def _gptq(facts: Facts, tp_size: int) -> Finding | None:
     return None
 
 
+def _bitsandbytes(facts: Facts, tp_size: int) -> Finding | None:
+    quant = facts.quant
+    assert quant is not None
+    if not quant.forced and tp_size > 1:
+        text = "Prequant BitsAndBytes models with TP is not supported.Please try with PP."
+        return Finding("error", text, text, fix="quantize at load with --quantization bitsandbytes")
+    if quant.bits != 4:
+        return None
+    packed = 4 if facts.dtype == "float32" else 2
+    for linear in facts.linears:
+        local = linear.local_in(tp_size)
+        if local is None or not facts.quantized(linear):
+            continue
+        if local * linear.local_out(tp_size) % packed:
+            text = "The input size is not aligned with the quantized weight shape."
+            reason = f"{linear.name}: {local} x {linear.local_out(tp_size)}: {text}"
+            return Finding("error", reason, text)
+    return None
+
+
 def _mxfp4(facts: Facts, tp_size: int) -> Finding | None:
     width = facts.expert_width
     if width is None:
@@ -224,6 +244,13 @@ LAYER_RULES = (
         _gptq,
         ("quant",),
         when=quantized_as("gptq", "gptq_marlin"),
+    ),
+    Rule(
+        "sglang.bnb",
+        "sglang/srt/layers/quantization/bitsandbytes.py:231-250; model_loader/loader.py",
+        _bitsandbytes,
+        ("quant",),
+        when=quantized_as("bitsandbytes"),
     ),
 )
 EXPERT_RULES = (

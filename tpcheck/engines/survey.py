@@ -10,41 +10,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from tpcheck.engines import (
-    deepspeed,
-    dtensor,
-    exllamav2,
-    exllamav3,
-    megatron,
-    neuronx,
-    reference,
-    sglang,
-    tensorrt_llm,
-    tgi,
-    transformers_,
-    vllm,
-)
 from tpcheck.engines.base import REFUSED, SEVERITY, Engine, Finding, Rule
 from tpcheck.engines.facts import Facts
-
-ENGINES: dict[str, Engine] = {
-    module.ENGINE.name: module.ENGINE
-    for module in (
-        reference,
-        vllm,
-        sglang,
-        megatron,
-        tensorrt_llm,
-        tgi,
-        transformers_,
-        dtensor,
-        deepspeed,
-        neuronx,
-        exllamav2,
-        exllamav3,
-    )
-}
-"""Every engine by the name users ask for."""
+from tpcheck.engines.gated_delta import covers
+from tpcheck.engines.registry import engine_named
+from tpcheck.engines.transformers_plans import is_known
 
 UP_TO = 64
 """Legal degrees are looked for up to here."""
@@ -69,11 +39,11 @@ class Survey(NamedTuple):
 @lru_cache(maxsize=8192)
 def survey(engine_name: str, facts: Facts) -> Survey:
     """Return which rules apply to a part and which degrees up to 64 they leave."""
-    engine = ENGINES[engine_name]
+    engine = engine_named(engine_name)
     if facts.role == "tower" and not engine.splits_towers:
         return Survey((), ("this engine keeps towers whole",), frozenset(range(1, UP_TO + 1)))
     rules: list[Rule] = []
-    notes = _unknown(facts)
+    notes = _unknown(engine, facts)
     for rule in engine.rules:
         if not _is_about(rule, facts):
             continue
@@ -92,15 +62,21 @@ def survey(engine_name: str, facts: Facts) -> Survey:
 
 _OPTIONAL = frozenset(
     "quant num_experts moe_intermediate_size shared_expert_intermediate_size kv_size_multiplier"
-    " sharded_dim".split()
+    " sharded_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim"
+    " linear_value_head_dim".split()
 )
 
 
-def _unknown(facts: Facts) -> list[str]:
-    kind = facts.model_type
-    if kind is None or facts.role == "tower" or transformers_.is_known(kind):
-        return []
-    return [f"model_type={kind!r} is not known: planned from the fields that are there"]
+def _unknown(engine: Engine, facts: Facts) -> list[str]:
+    """Return what is planned although nothing is known of it here."""
+    kind, method, notes = facts.model_type, facts.method, []
+    if kind is not None and facts.role != "tower" and not is_known(kind):
+        notes.append(f"model_type={kind!r} is not known: planned from the fields that are there")
+    if method is not None and engine.unknown_format and engine.unknown_format(method):
+        notes.append(f"quant_method={method!r}: not known how it is split, planned as unquantized")
+    if facts.linear_num_key_heads and not covers(engine.rules):
+        notes.append("linear attention: no rule is known, its heads are planned as if they divide")
+    return notes
 
 
 def _absent(facts: Facts) -> frozenset[str]:
@@ -126,12 +102,15 @@ def _is_legal(rules: tuple[Rule, ...], facts: Facts, tp_size: int) -> bool:
     return True
 
 
-def decide(engine_name: str, facts: Facts, tp_size: int) -> Decision:
-    """Return what the engine does: its first error, else the worst that any rule finds."""
-    engine = ENGINES[engine_name]
+def decide(engine: Engine, known: Survey, facts: Facts, tp_size: int) -> Decision:
+    """Return what the engine does: its first error, else the worst that any rule finds.
+
+    Args:
+        known: `survey` of this engine and these facts.
+    """
     worst, by = Finding("ok", ""), None
     sizes: dict[str, Any] = {}
-    for rule in survey(engine_name, facts).rules:
+    for rule in known.rules:
         found = rule.find(facts, tp_size)
         if found is None:
             continue

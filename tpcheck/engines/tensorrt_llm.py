@@ -22,11 +22,30 @@ from tpcheck.engines.base import (
     width_fix,
 )
 from tpcheck.engines.facts import Facts, ceil_div, chunks, round_up
+from tpcheck.engines.formats import MODULES_OF_THEIR_OWN, Formats, names, reading
 
 _ATTENTION = "tensorrt_llm/_torch/modules/attention.py"
 _MAPPER = "tensorrt_llm/_torch/models/checkpoints/base_weight_mapper.py"
 _LINEAR = "tensorrt_llm/_torch/modules/linear.py"
 _DEEPSEEK = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
+
+
+FORMATS = Formats(
+    "tensorrt_llm/_torch/model_config.py; models/quant_config_utils.py (21156a7a)",
+    names("fp8 mxfp4 mxfp8 nvfp4 w4a16_awq w4a8_awq mixed_precision fp8_block_scales w4a16_mxfp4"),
+    refuses=MODULES_OF_THEIR_OWN
+    | names("bitsandbytes gguf compressed-tensors moe_wna16 wna16 quark auto_round torchao"),
+    why="no branch reads quant_method={method}: layers are built unquantized and the checkpoint"
+    " has no such weights",
+    fix="quantize with ModelOpt (FP8, NVFP4, W4A16_AWQ), or load the unquantized checkpoint",
+)
+
+
+def _block_size(facts: Facts, tp_size: int) -> Finding | None:
+    if facts.block is None or facts.block == (128, 128):
+        return None
+    text = "FP8_BLOCK_SCALES only supports block_size=(128,128)"
+    return Finding("error", f"{text}, and not {facts.block}", text)
 
 
 def _vocab(facts: Facts, tp_size: int) -> Finding | None:
@@ -169,6 +188,15 @@ def _head_sizes(facts: Facts, tp_size: int) -> dict[str, Any] | None:
 
 
 RULES = (
+    reading("trtllm", FORMATS),
+    Rule(
+        "trtllm.fp8_block_size",
+        "tensorrt_llm/_torch/model_config.py (008e0af8)",
+        _block_size,
+        ("quant",),
+        "model",
+        when=lambda facts: facts.quant is not None and not facts.quant.forced,
+    ),
     divisible("trtllm.heads", "num_attention_heads", _ATTENTION),
     Rule(
         "trtllm.linear",
@@ -228,4 +256,5 @@ ENGINE = Engine(
         ("lm_head", ("vocab_size",), _vocab_sizes),
     ),
     splits_towers=False,
+    unknown_format=FORMATS.is_unknown,
 )

@@ -19,12 +19,24 @@ from tpcheck.engines.base import (
     width_fix,
 )
 from tpcheck.engines.facts import Facts, ceil_div, chunks
+from tpcheck.engines.formats import Formats, names, reading
 
 _WEIGHTS = "server/text_generation_server/utils/weights.py"
 _LLAMA = "server/text_generation_server/models/custom_modeling/flash_llama_modeling.py"
 _SHARDED = "The choosen size {value} is not compatible with sharding on {tp} shards"
 _LATE_KV = ("qwen2", "mistral")
 _FALCON = ("falcon", "RefinedWeb")
+
+
+FORMATS = Formats(
+    "server/text_generation_server/models/__init__.py:448-466; utils/weights.py",
+    names(
+        "gptq gptq_marlin awq awq_marlin exl2 fp8 fbgemm_fp8 compressed-tensors eetq marlin"
+        " bitsandbytes_nf4 bitsandbytes_fp4"
+    ),
+    refuses=names("mxfp4 mxfp8 nvfp4 modelopt_fp4 exl3 gguf hqq aqlm vptq spqr higgs"),
+    why="quant_method={method} is only warned about, and the weights it names are not there",
+)
 
 
 def _checks_kv(facts: Facts) -> bool:
@@ -200,6 +212,7 @@ def _expert_blocks(facts: Facts, tp_size: int) -> Finding | None:
 
 
 RULES = (
+    reading("tgi", FORMATS),
     divisible(
         "tgi.heads",
         "num_attention_heads",
@@ -288,4 +301,5 @@ ENGINE = Engine(
     "3.3.7 (db931fcf)",
     RULES,
     (("lm_head", ("vocab_size",), _vocab_sizes), ("any", (), _packed_sizes)),
+    unknown_format=FORMATS.is_unknown,
 )

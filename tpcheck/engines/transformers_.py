@@ -1,95 +1,28 @@
 """transformers 5.23: the model's own tp plan, heads unchecked until the first forward.
 
 Requirement: uneven widths are legal, a cut head or a KV head that is not replicated loads and then
-fails in a view, and a model without a plan is refused with a text. Which model types have a plan,
-and whether it cuts heads, gathers them or leaves attention whole, was read from the
-`base_model_tp_plan` of every config class of 5.23.0. Texts are torch's, for the batch and length of
-`batch` and `seq_len` (1 and 7 where they are not given).
+fails in a view, and a model without a plan is refused with a text. Texts are torch's, for the batch
+and length of `batch` and `seq_len` (1 and 7 where they are not given).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from tpcheck.engines import gated_delta
 from tpcheck.engines.base import Engine, Finding, Rule, is_gpt_oss, padded_fix, width_fix
 from tpcheck.engines.facts import Facts, ceil_div, chunks
+from tpcheck.engines.transformers_plans import class_name, plan_of
 
 _PLAN = "transformers/distributed/tensor_parallel.py:143-312"
 _PARTIAL = "transformers/distributed/mixin.py:261"
 
-_HEADS = frozenset(
-    "apertus arcee aria_text axk2 beam cohere cohere2 cohere2_moe cohere_compass_text cwm"
-    " cosmos3_edge_text deepseek_ocr2_encoder deepseek_ocr2_text deepseek_v2 deepseek_v32"
-    " diffusion_gemma_text doge dots1 dots3_note_text embedding_gemma2_text ernie4_5 ernie4_5_moe"
-    " ernie4_5_vl_moe_text esmc eurobert exaone4 exaone_moe gemma gemma2 gemma3_text gemma3n_text"
-    " gemma4_text gemma4_unified_text gemma4_vision glm glm4 glm4_moe glm4_moe_lite glm4v_moe_text"
-    " glm4v_text glm5_next_text glm_image_text glm_moe_dsa glm_ocr_text gpt_neox granite"
-    " granite4_vision_text granite_docling_text granite_swa granitemoe_swa helium higgs_audio_v2"
-    " hrm_text hy_v3 hy_v4 hyperclovax internlm3 iquestcoder jais2 kolibri1 laguna llama"
-    " llama4_text llama4_vision_model longcat_flash mellum mimo_v2_flash minicpm3 minimax ministral"
-    " ministral3 mistral mixtral muse_glimmer_assistant muse_glimmer_text muse_glimmer_vision"
-    " nanochat nemotron neomme olmo paddleocr_vl_text phi qwen2 qwen2_5_omni_text qwen2_5_vl_text"
-    " qwen2_moe qwen2_vl_text qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next"
-    " qwen3_omni_moe_talker_code_predictor qwen3_omni_moe_talker_text qwen3_omni_moe_text"
-    " qwen3_vl_moe_text seed_oss smollm3 solar_open starcoder2 t5_gemma_module t5gemma2_decoder"
-    " t5gemma2_text ultrabert unlimited_ocr_text vaultgemma voxtral_realtime_text".split()
-)
-_GATHERED = frozenset(
-    "flex_olmo minimax_m2 minimax_m3_vl_text olmo2 olmo3 olmo_hybrid olmoe phi3 phi4_multimodal"
-    " qwen4_exp_text step3p5".split()
-)
-_WHOLE = frozenset(
-    "afmoe axk1 bailing_hybrid deepseek_v3 deepseek_v4 dots3_note_vision_encoder"
-    " ernie4_5_vl_moe_vision flint granitemoe granitemoehybrid granitemoeshared hunyuan_v1_moe"
-    " inkling2_text inkling_text jamba kimi_linear lfm2_moe mistral4 mistral_large4_text"
-    " muse_glimmer muse_spark muse_spark_text nemotron_h phimoe youtu".split()
-)
-_CLASSES = {
-    "gpt2": "GPT2LMHeadModel",
-    "opt": "OPTForCausalLM",
-    "gptj": "GPTJForCausalLM",
-    "gpt_bigcode": "GPTBigCodeForCausalLM",
-    "gpt_neo": "GPTNeoForCausalLM",
-    "codegen": "CodeGenForCausalLM",
-    "stablelm": "StableLmForCausalLM",
-    "ctrl": "CTRLLMHeadModel",
-    "xglm": "XGLMForCausalLM",
-    "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
-}
-"""Class names that are not the model type in capitals with ForCausalLM behind."""
-_OTHERS = frozenset("gpt_oss falcon bloom mpt yuan qwen chatglm internlm2 dbrx".split())
-"""More model types that have no plan of their own."""
-
-
-def is_known(model_type: str) -> bool:
-    """Whether the rules say anything about a model type by name."""
-    return (
-        model_type in _HEADS | _GATHERED | _WHOLE | _CLASSES.keys() | _OTHERS
-        or f"{model_type}_text" in _HEADS
-    )
-
-
-def _plan_of(facts: Facts) -> str | None:
-    """Return how the plan treats attention; None where the model type has no plan.
-
-    Without a model type a plan like llama's is assumed.
-    """
-    kind = facts.model_type
-    if kind is None or kind in _HEADS or f"{kind}_text" in _HEADS:
-        return "heads"
-    if kind in _GATHERED:
-        return "gathered"
-    if kind in _WHOLE:
-        return "whole"
-    return "lm_head" if is_gpt_oss(facts) else None
-
 
 def _no_plan(facts: Facts, tp_size: int) -> Finding | None:
-    if tp_size == 1 or _plan_of(facts) is not None:
+    if tp_size == 1 or plan_of(facts) is not None:
         return None
     kind = facts.model_type or ""
-    camel = "".join(word[:1].upper() + word[1:] for word in kind.split("_"))
-    name = facts.architecture or _CLASSES.get(kind, f"{camel}ForCausalLM")
+    name = facts.architecture or class_name(kind)
     text = (
         f"`tp_size={tp_size}` was requested, but `{name}` has no `tp_plan`. Pass `tp_plan` in"
         " `DistributedConfig`, add `base_model_tp_plan` to the model's config, or set `tp_size=1`."
@@ -161,7 +94,7 @@ def _blocks(facts: Facts, tp_size: int) -> Finding | None:
 
 
 def _is_split(facts: Facts, name: str) -> bool:
-    return "self_attn" not in name or _plan_of(facts) in ("heads", "gathered")
+    return "self_attn" not in name or plan_of(facts) in ("heads", "gathered")
 
 
 def _scales(facts: Facts, tp_size: int, name: str, size: int, block: int) -> Finding | None:
@@ -197,11 +130,11 @@ def _widths(facts: Facts, tp_size: int) -> Finding | None:
 
 def _split_sizes(facts: Facts) -> dict[str, tuple[int | None, bool]]:
     """Return weight → (the size that is split, whether it is the input side)."""
-    if _plan_of(facts) == "lm_head":
+    if plan_of(facts) == "lm_head":
         return {"lm_head": (facts.vocab_size, False)}
     width, shared = facts.intermediate_size, facts.shared_expert_intermediate_size
     found: dict[str, tuple[int | None, bool]] = {}
-    if _plan_of(facts) == "gathered":
+    if plan_of(facts) == "gathered":
         heads, kv_heads, dim = facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim
         if heads and kv_heads and dim:
             found["self_attn.o_proj"] = (heads * dim, True)
@@ -234,7 +167,7 @@ def _shapes(facts: Facts, tp_size: int) -> dict[str, Any] | None:
     hidden = facts.hidden_size
     if hidden is None:
         return None
-    plan = _plan_of(facts)
+    plan = plan_of(facts)
     whole = 1 if plan in ("lm_head", "whole") else tp_size
     shapes: dict[str, list[int]] = {}
     heads, kv_heads, dim = facts.num_attention_heads, facts.num_key_value_heads, facts.head_dim
@@ -301,7 +234,7 @@ RULES = (
         _PLAN,
         _heads,
         area="qkv_proj",
-        when=lambda facts: _plan_of(facts) == "heads",
+        when=lambda facts: plan_of(facts) == "heads",
     ),
     Rule(
         "hf.moe_stride",
@@ -309,7 +242,7 @@ RULES = (
         _expert_strides,
         ("moe_intermediate_size",),
         "experts",
-        when=lambda facts: _plan_of(facts) != "lm_head",
+        when=lambda facts: plan_of(facts) != "lm_head",
     ),
     Rule(
         "hf.fp8_block",
@@ -323,9 +256,25 @@ RULES = (
         "transformers/models/gpt_oss/modeling_gpt_oss.py:566",
         _all_but_head,
         area="model",
-        when=lambda facts: _plan_of(facts) == "lm_head",
+        when=lambda facts: plan_of(facts) == "lm_head",
     ),
+    *gated_delta.TRANSFORMERS,
     Rule("hf.uneven", _PLAN, _widths, refuses=False),
 )
 
-ENGINE = Engine("transformers", "5.23.0", RULES, (("any", (), _shapes),), splits_towers=False)
+_READ_METHODS = frozenset("fp8 nvfp4 mxfp4".split())
+"""Methods whose behaviour under a plan was read; the others are planned as if unquantized."""
+
+
+def _unknown_format(method: str) -> bool:
+    return method not in _READ_METHODS
+
+
+ENGINE = Engine(
+    "transformers",
+    "5.23.0",
+    RULES,
+    (("any", (), _shapes),),
+    splits_towers=False,
+    unknown_format=_unknown_format,
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpcheck.engines import vllm_experts, vllm_quant
+from tpcheck.engines import gated_delta, vllm_experts, vllm_quant
 from tpcheck.engines.base import (
     Engine,
     Finding,
@@ -22,17 +22,24 @@ from tpcheck.engines.base import (
     replicas,
 )
 from tpcheck.engines.facts import Facts, ceil_div, round_up
+from tpcheck.engines.formats import Formats, names, reading
 
 _VOCAB = "vllm/model_executor/layers/vocab_parallel_embedding.py:36,95-97,286-330"
 _VOCAB_GRAIN = 64
 _DIVIDE = "{value} is not divisible by {tp}"
 
 
-def _removed_method(facts: Facts, tp_size: int) -> Finding | None:
-    if facts.method not in ("bitsandbytes", "gguf"):
-        return None
-    text = f"Unknown quantization method: {facts.method}. Must be one of [...]"
-    return Finding("error", text, text)
+FORMATS = Formats(
+    "vllm/config/model.py:1464-1469; model_executor/layers/quantization/__init__.py",
+    names(
+        "awq auto_awq awq_marlin auto_gptq gptq gptq_marlin wna16 compressed-tensors moe_wna16"
+        " fp8 modelopt_fp4 modelopt_mxfp8 modelopt_mixed mixed_precision nvfp4 mxfp4 mxfp8"
+        " mxfp4_online gpt_oss_mxfp4 deepseek_v4_fp8 quark quark_nvfp4 experts_int8 torchao inc"
+        " online fp8_per_tensor fp8_per_block fp8_per_channel int8_per_channel_weight_only"
+    ),
+    unsure=names("fbgemm_fp8 fp_quant humming auto_round w4a16_awq w4a8_awq petit_nvfp4"),
+    text="Unknown quantization method: {method}. Must be one of [...]",
+)
 
 
 def _decode_context(facts: Facts, tp_size: int) -> Finding | None:
@@ -127,7 +134,7 @@ _LINEAR = "vllm/model_executor/layers/linear.py"
 _MOE_EXPERTS = "vllm/model_executor/models/qwen3_moe.py:154-159"
 
 RULES = (
-    Rule("vllm.removed_quant", "vllm/config/model.py:1464-1469", _removed_method, ("quant",)),
+    reading("vllm", FORMATS),
     divisible(
         "vllm.heads",
         "num_attention_heads",
@@ -164,6 +171,7 @@ RULES = (
     ),
     kv_multiple("vllm.kv_heads", _KV_SOURCE),
     kv_replicate("vllm.kv_replicate", _KV_SOURCE),
+    *gated_delta.VLLM,
     *vllm_quant.ATTENTION_RULES,
     divisible(
         "vllm.mlp_gate_up",
@@ -216,4 +224,5 @@ ENGINE = Engine(
         ("down_proj", (), _mlp_sizes),
         *vllm_quant.SIZES,
     ),
+    unknown_format=FORMATS.is_unknown,
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 from tpcheck.engines.base import Finding, Rule, has_fp8_blocks, quantized_as, width_fix
 from tpcheck.engines.facts import Facts, ceil_div, round_up
+from tpcheck.engines.vllm_kernels import tile_refusal
 
 _FP8_UTILS = "vllm/model_executor/layers/quantization/utils/fp8_utils.py"
 _QUANTIZATION = "vllm/model_executor/layers/quantization"
@@ -46,11 +47,29 @@ def _fp8_experts(facts: Facts, tp_size: int) -> Finding | None:
     }
     if text is None:
         return Finding("ok", f"experts: {local} rows a rank are whole blocks", None, sizes)
+    if facts.moe_backend not in _REFINING:
+        return _aligned(facts, tp_size, local, sizes)
     if refined_block:
         reason = f"experts: {local} rows a rank, blocks of {block_n} refined to {refined}"
         return Finding("fallback", reason, None, sizes)
     fix = width_fix(facts, tp_size, "experts", local)
     return Finding("error", text, text, sizes, fix)
+
+
+_REFINING = (None, "auto", "triton")
+"""Values of --moe-backend whose kernels read finer blocks; None is the flag not given."""
+
+
+def _aligned(facts: Facts, tp_size: int, local: int, sizes: dict[str, Any]) -> Finding:
+    """Return what a backend does that needs whole blocks: it pads, or is refused."""
+    assert facts.block is not None
+    block_n, backend = facts.block[0], facts.moe_backend
+    if sizes["pad_ok"]:
+        padded = sizes["padded_ispp"]
+        reason = f"experts: {local} rows a rank padded to {padded} for --moe-backend {backend}"
+        return Finding("pad", reason, None, sizes)
+    said = _PAD_ERROR.format(block_n=block_n)
+    return Finding("error", said, said, sizes, width_fix(facts, tp_size, "experts", local))
 
 
 _PAD_ERROR = (
@@ -59,14 +78,14 @@ _PAD_ERROR = (
 )
 
 
-def _expert_groups(facts: Facts, tp_size: int) -> Finding | None:
+def _expert_groups(facts: Facts, tp_size: int, *, refit: bool = False) -> Finding | None:
     group, width = facts.quant.group_size if facts.quant else None, facts.moe_intermediate_size
     if group is None or group < 0 or width is None or width % tp_size:
         return None
     local = width // tp_size
     if local % group == 0:
         return None
-    if facts.method == "moe_wna16":
+    if refit or facts.method == "moe_wna16":
         fits = group
         while local % fits and fits >= 32:
             fits //= 2
@@ -80,6 +99,49 @@ def _expert_groups(facts: Facts, tp_size: int) -> Finding | None:
         " TP shard boundaries; use a compatible TP size or enable expert parallelism."
     )
     return Finding("error", text, text, fix=width_fix(facts, tp_size, "experts", local))
+
+
+def _marlin_experts(facts: Facts, tp_size: int) -> Finding | None:
+    """Return what happens to experts in groups that Marlin's tiles do not fit.
+
+    Gate and up together are 2 * local rows in tiles of 128, down has local inputs in tiles of 64:
+    both are whole where local is a multiple of 64. Act-order and wider hidden sizes are not padded,
+    so those experts go to moe_wna16, whose groups may be cut.
+    """
+    quant, width, hidden = facts.quant, facts.moe_intermediate_size, facts.hidden_size
+    if quant is None or width is None or width % tp_size or facts.ep_size > 1:
+        return None
+    local, group = width // tp_size, quant.group_size or -1
+    padded = round_up(local, math.lcm(64, max(1, group)))
+    whole_groups = group < 0 or local % group == 0
+    fits = (hidden or 128) % 128 == 0 and group in (-1, 32, 64, 128) and whole_groups
+    if fits and padded == local:
+        return None
+    if fits and not quant.desc_act:
+        reason = f"experts: {local} rows a rank padded to {padded} for Marlin"
+        return Finding("pad", reason, None, {"padded_experts": padded})
+    cut = _expert_groups(facts, tp_size, refit=True)
+    if cut is not None:
+        return cut
+    return Finding("fallback", f"experts: {local} rows a rank go to moe_wna16, not to Marlin")
+
+
+def _asks_for_marlin(facts: Facts) -> bool:
+    small = facts.method in ("nvfp4", "modelopt_fp4") or (facts.method == "fp8" and not facts.block)
+    return small and facts.moe_backend == "marlin"
+
+
+def _marlin_variants(facts: Facts, tp_size: int) -> Finding | None:
+    """Check the tiles of fp8 and fp4 experts where --moe-backend marlin was asked for."""
+    width, hidden = facts.moe_intermediate_size, facts.hidden_size
+    if width is None or hidden is None or width % tp_size or facts.ep_size > 1:
+        return None
+    local = width // tp_size
+    for n, k in ((2 * local, hidden), (hidden, local)):
+        said = tile_refusal(n, k)
+        if said is not None:
+            return Finding("error", f"experts: {said}", said)
+    return None
 
 
 _MXFP4_GRAINS = {
@@ -131,6 +193,22 @@ RULES = (
         ("quant", "moe_intermediate_size"),
         "experts",
         when=quantized_as("compressed-tensors", "moe_wna16"),
+    ),
+    Rule(
+        "vllm.marlin_experts",
+        f"{_QUANTIZATION}/utils/marlin_utils.py:222-330; moe_wna16.py",
+        _marlin_experts,
+        ("quant", "moe_intermediate_size"),
+        "experts",
+        when=quantized_as("gptq", "gptq_marlin", "awq", "awq_marlin"),
+    ),
+    Rule(
+        "vllm.marlin_legacy",
+        f"{_QUANTIZATION}/utils/marlin_utils.py:161-194",
+        _marlin_variants,
+        ("quant", "moe_intermediate_size"),
+        "experts",
+        when=_asks_for_marlin,
     ),
     Rule(
         "vllm.mxfp4",

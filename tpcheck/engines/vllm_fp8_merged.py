@@ -12,7 +12,8 @@ from typing import Any
 
 from tpcheck.engines.facts import Facts, Linear, ceil_div
 
-_NAMES = ("q", "k", "v")
+_NAMES = {2: ("gate", "up"), 3: ("q", "k", "v"), 4: ("q", "k", "v", "z")}
+"""Number of parts → what they are called."""
 
 
 def first_load_error(linear: Linear, block_n: int, tp_size: int) -> tuple[int, str] | None:
@@ -61,7 +62,7 @@ def _wrong_rows(linear: Linear, block_n: int, tp_size: int, rank: int) -> dict[s
         spans.append((offset, shard * local, local))
         offset += local
     wrong = {}
-    names = _NAMES if len(linear.parts) == len(_NAMES) else ("gate", "up")
+    names = _NAMES[len(linear.parts)]
     for i, (offset, first, local) in enumerate(spans):
         count = sum(
             stop - start

@@ -60,6 +60,19 @@ def marlin_padded(n: int, k: int, group_size: int) -> tuple[int, int]:
     return min(shapes, key=lambda shape: shape[0] * shape[1])
 
 
+def tile_refusal(n: int, k: int) -> str | None:
+    """Return what the fp8 and fp4 variants of Marlin say of N x K on one rank, which pad nothing.
+
+    Source: vllm/model_executor/layers/quantization/utils/marlin_utils.py:161-194.
+    """
+    advice = "Consider reducing tensor_parallel_size or running with --quantization gptq."
+    said = f"Weight output_size_per_partition = {n} is not divisible by  min_thread_n = 64."
+    if n % 64:
+        return f"{said} {advice}"
+    said = f"Weight input_size_per_partition = {k} is not divisible by min_thread_k = 128."
+    return f"{said} {advice}" if k % 128 else None
+
+
 def _cutlass(layer: _Layer) -> str | None:
     if layer.capability != 90:
         return "CUTLASS W4A8 requires compute capability of 90 (Hopper)"

@@ -20,7 +20,7 @@ from tpcheck.engines.base import (
 )
 from tpcheck.engines.facts import Facts, Linear, ceil_div, round_up
 from tpcheck.engines.vllm_fp8_merged import first_load_error, merged_load, wrong_ranks
-from tpcheck.engines.vllm_kernels import choose_kernel, marlin_padded
+from tpcheck.engines.vllm_kernels import choose_kernel, marlin_padded, tile_refusal
 
 _FP8_UTILS = "vllm/model_executor/layers/quantization/utils/fp8_utils.py"
 _QUANTIZATION = "vllm/model_executor/layers/quantization"
@@ -161,6 +161,16 @@ def _row_multiple(block: int, text: str) -> Callable[[Facts, int, Linear], Findi
     return find
 
 
+def _marlin_variant(facts: Facts, tp_size: int, linear: Linear) -> Finding | None:
+    local, out = linear.local_in(tp_size), linear.local_out(tp_size)
+    said = tile_refusal(out, local) if local is not None and out else None
+    return Finding("error", f"{linear.name}: {said}", said) if said else None
+
+
+def _asks_for_marlin(facts: Facts) -> bool:
+    return facts.linear_backend == "marlin" and (_NVFP4(facts) or facts.method == "fp8")
+
+
 def _nvfp4_pad(facts: Facts, tp_size: int, linear: Linear) -> Finding | None:
     local, out = linear.local_in(tp_size), linear.local_out(tp_size)
     if local is None or (local % 32 == 0 and out % 32 == 0):
@@ -193,7 +203,7 @@ def _each(
     return find_first
 
 
-_ATTENTION = ("self_attn",)
+_ATTENTION = ("self_attn", "linear_attn")
 _MLP = ("mlp", "linear")
 
 
@@ -244,6 +254,12 @@ _DENSE = (
             16, "Input size per partition ({local}) must be divisible by group size (16)"
         ),
         quantized_as("quark_nvfp4"),
+    ),
+    _per_linear(
+        "vllm.marlin_legacy",
+        f"{_QUANTIZATION}/utils/marlin_utils.py:161-194",
+        _marlin_variant,
+        _asks_for_marlin,
     ),
     _per_linear(
         "vllm.nvfp4_pad", "NVFP4 CUTLASS kernel preparation", _nvfp4_pad, quantized_as("nvfp4")

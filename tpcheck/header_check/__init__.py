@@ -12,6 +12,6 @@ Read on: `headers` reads, `dimensions` are the words, `families` and `packing` t
 from __future__ import annotations
 
 from tpcheck.header_check.findings import Findings, header_findings
-from tpcheck.header_check.headers import parse_json, read_headers
+from tpcheck.header_check.headers import read_headers
 
-__all__ = ["Findings", "header_findings", "parse_json", "read_headers"]
+__all__ = ["Findings", "header_findings", "read_headers"]

@@ -61,17 +61,35 @@ class Expected:
     """A stored tensor as the config implies it. `dtypes` of () allows any floating one.
 
     `optional` tensors may be missing; `any_shape` ones have several forms and only have a name.
+    `others` are other forms in which the same thing is stored. `flat` is the file's shape where it
+    is not that of the dims: one long run of values.
     """
 
     dims: tuple[Dim, ...]
     dtypes: tuple[str, ...] = ()
     optional: bool = False
     any_shape: bool = False
+    others: tuple[Expected, ...] = ()
+    flat: tuple[int, ...] | None = None
+
+    @property
+    def logical(self) -> tuple[int, ...]:
+        """The sizes of the dims, which are what ranks share out."""
+        return tuple(dim.size for dim in self.dims)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What the file should say."""
-        return tuple(dim.size for dim in self.dims)
+        return self.logical if self.flat is None else self.flat
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Every shape that the file may say."""
+        return (self.shape, *(other.shape for other in self.others))
+
+    def stored_as(self, shape: tuple[int, ...]) -> Expected:
+        """Return this tensor in the form that has this shape, itself where none has."""
+        return next((one for one in (self, *self.others) if one.shape == shape), self)
 
 
 def constant(size: int) -> Dim:

@@ -14,7 +14,7 @@ from typing import Any
 from tpcheck.engines.facts import Facts
 from tpcheck.header_check.dimensions import Dim, Expected, parse_dims
 from tpcheck.header_check.families import Family, Rows, vocabulary
-from tpcheck.header_check.packing import is_left_out, storing
+from tpcheck.header_check.packing import NAMES, is_left_out, storing
 from tpcheck.plan_memory import sparse_layers
 
 
@@ -56,6 +56,10 @@ _FIELDS = {
     "B": "qk_nope_head_dim",
     **dict.fromkeys("CR", "kv_lora_rank"),
     "P": "v_head_dim",
+    **dict.fromkeys("pxy", "patch_size"),
+    "m": "num_mel_bins",
+    "s": "max_source_positions",
+    **dict.fromkeys("Gg", "hidden_size"),
 }
 
 
@@ -130,6 +134,12 @@ def _stored(
         f"{module}{end}": replace(one, dims=(*stack, *one.dims))
         for end, one in how.stores(quant, out, into).items()
     }
+    renamed = NAMES.get(quant.method, {})
+    if f"{module}{renamed.get('weight')}" in names:
+        stored = {
+            f"{module}{renamed.get(end, end)}": one
+            for end, one in ((key.removeprefix(module), one) for key, one in stored.items())
+        }
     other = f"{module}weight_scale_inv"
     if f"{module}weight_scale" in stored and other in names:  # transformers' name of it
         stored[other] = stored.pop(f"{module}weight_scale")

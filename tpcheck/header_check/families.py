@@ -178,6 +178,10 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(biases=_llama_biases),
     "mistral": Family(),
     "qwen2": Family(biases=lambda config: _QKV),
+    "qwen2_vl": Family(biases=lambda config: _QKV),
+    "qwen2_vl_text": Family(biases=lambda config: _QKV),
+    "qwen2_5_vl": Family(biases=lambda config: _QKV),
+    "qwen2_5_vl_text": Family(biases=lambda config: _QKV),
     "qwen3": _QWEN3,
     "qwen3_moe": _QWEN3,
     "qwen2_moe": Family(
@@ -257,12 +261,34 @@ def vocabulary(facts: Facts, config: Config, family: Family) -> dict[str, Block]
         "C": ("", latent, 1),
         "R": ("", latent + rope, 1),
         "P": ("query", heads, straight + values if values else None),
+        **_of_a_tower(facts, config),
     }
     return {
         symbol: Block(split, units, width)
         for symbol, (split, units, width) in sizes.items()
         if units and width
     }
+
+
+def _of_a_tower(facts: Facts, config: Config) -> dict[str, tuple[str, int | None, int | None]]:
+    """Return the sizes that only towers have; those without a field are Hugging Face's defaults."""
+    patch = _count(config, "patch_size")
+    patches = (_count(config, "image_size") // patch) ** 2 if patch else 0
+    merged = (_count(config, "spatial_merge_size") or 2) ** 2 * (facts.hidden_size or 0)
+    joined = _count(config, "out_hidden_size") or _count(config, "hidden_size")
+    sizes = {
+        "c": _count(config, "num_channels") or _count(config, "in_channels") or 3,
+        "p": patch,
+        "t": _count(config, "temporal_patch_size") or 2,
+        "x": patches,
+        "y": patches + 1,
+        "m": _count(config, "num_mel_bins"),
+        "s": _count(config, "max_source_positions"),
+        "3": 3,
+        "G": merged,
+        "g": joined,
+    }
+    return {symbol: ("", size, 1) for symbol, size in sizes.items()}
 
 
 def _count(config: Config, name: str) -> int:

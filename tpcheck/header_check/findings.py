@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tpcheck.engines.base import quant_grain
 from tpcheck.engines.facts import Facts
-from tpcheck.engines.parts import read_parts
+from tpcheck.engines.parts import part_fields, read_parts
 from tpcheck.errors import PlanError
 from tpcheck.header_check.dimensions import Expected
 from tpcheck.header_check.expected import expected_tensors, missing_fields
-from tpcheck.header_check.families import FAMILIES
+from tpcheck.header_check.families import FAMILIES, Family
 from tpcheck.header_check.headers import Header, Headers, read_headers
 from tpcheck.header_check.packing import storing
-from tpcheck.header_check.tiling import spans_at, tiling_problems
+from tpcheck.header_check.part_names import PartNames, names_by_part
+from tpcheck.header_check.tiling import cuts_at, tiling_problems
+from tpcheck.header_check.towers import TOWERS
 from tpcheck.plan_memory import sparse_layers
 from tpcheck.spec import ModelSpec
 
@@ -45,12 +48,15 @@ class Findings:
     notes: tuple[str, ...] = ()
     by_degree: Mapping[int, tuple[str, ...]] | None = None
     not_split: Mapping[int, str] | None = None
+    ways: Mapping[int, str] | None = None
 
     def to_json(self, tp_size: int) -> dict[str, Any]:
         """Return what concerns one degree."""
         mine = (self.by_degree or {}).get(tp_size)
         refused = (self.not_split or {}).get(tp_size)
         unproven = f"tp {tp_size}: nothing proven: {refused}"
+        way = (self.ways or {}).get(tp_size)
+        uneven = f"tp {tp_size}: not even, proven as the reference decoder splits it: {way}"
         return {
             "tp_size": tp_size,
             "files": self.files,
@@ -58,7 +64,7 @@ class Findings:
             "compared": self.compared,
             "problems": [*self.problems, *(mine or ())],
             "tiled": mine == () and not self.problems,
-            "notes": [*self.notes, *([unproven] if refused else [])],
+            "notes": [*self.notes, *([unproven] if refused else []), *([uneven] if way else [])],
         }
 
 
@@ -74,44 +80,91 @@ def header_findings(
     """
     headers = read_headers(directory)
     parts = read_parts(config)
-    files, count = len(headers.files), len(headers.tensors)
-    reason = _why_unknown(parts, config)
-    if reason is not None:
-        return Findings(files, count, compared=False, notes=(reason,))
-    facts = parts[0][1]
-    family = FAMILIES[facts.model_type or ""]
-    expected = expected_tensors(facts, config, family, headers.tensors.keys())
-    problems = _differences(expected, headers, facts, config)
+    decoder = next(name for name, facts in parts if facts.role == "text")
+    named, rest = names_by_part(headers.tensors, [name for name, _ in parts], decoder)
+    notes, problems = [], []
+    proofs: list[Proof] = []
+    for name, facts in parts:
+        fields = part_fields(config, name)
+        where = f"{name}: " if name else ""
+        family = _family(facts)
+        reason = _why_unknown(family, facts, fields)
+        if family is None or reason is not None:
+            notes.append(f"{where}{reason}")
+            continue
+        mine = named[name]
+        expected = expected_tensors(facts, fields, family, mine.stored.keys())
+        tied = bool(fields.get("tie_word_embeddings", family.tied))
+        problems += _differences(expected, headers, mine, tied=tied)
+        notes += [f"{where}{note}" for note in _notes(facts)]
+        proofs.append(_split(expected, headers, mine, facts, tp_sizes))
+    if rest:
+        count = f"{len(rest)} tensors" if len(rest) > 1 else "1 tensor"
+        notes.append(f"{count} belong to no part and are whole on every rank, the first {rest[0]}")
+    whole = len(proofs) == len(parts)
+    proof = _joined(proofs, tp_sizes, whole=whole)
+    files, count_all = len(headers.files), len(headers.tensors)
+    return Findings(files, count_all, bool(proofs), tuple(problems), tuple(notes), *proof)
+
+
+Proof = tuple[dict[int, tuple[str, ...]], dict[int, str], dict[int, str]]
+"""Degree → problems of its split; why it cannot be split; how it is split where it is not even."""
+
+
+def _joined(proofs: Sequence[Proof], tp_sizes: Sequence[int], *, whole: bool) -> Proof:
+    """Return the proof of all parts together: a degree is proven where every part is."""
+    by_degree: dict[int, tuple[str, ...]] = {}
+    not_split: dict[int, str] = {}
+    ways: dict[int, str] = {}
+    for degree in tp_sizes:
+        found = [one[0].get(degree) for one in proofs]
+        problems = tuple(problem for one in found for problem in one or ())
+        if problems or (whole and None not in found):
+            by_degree[degree] = problems
+    for _, refused, uneven in proofs:
+        not_split |= refused
+        ways |= {degree: way for degree, way in uneven.items() if way}
+    return by_degree, not_split, ways
+
+
+def _family(facts: Facts) -> Family | None:
+    table = FAMILIES if facts.role == "text" else TOWERS
+    return table.get(facts.model_type or "")
+
+
+def _notes(facts: Facts) -> list[str]:
+    if facts.quant is None:
+        return []
+    method = facts.quant.method
     notes = []
-    if facts.quant is not None and facts.quant.desc_act:
+    if facts.quant.desc_act:
         notes.append("desc_act=true: g_idx says which scales a rank needs, and no header holds it")
-    by_degree, not_split = _split(expected, headers, facts, tp_sizes)
-    return Findings(files, count, True, tuple(problems), tuple(notes), by_degree, not_split)
+    return [
+        *notes,
+        f"{method}: scales are held to presence, shape and dtype; their values are in no header",
+    ]
 
 
-def _why_unknown(parts: Sequence[tuple[str, Facts]], config: Mapping[str, Any]) -> str | None:
-    """Say why this checkpoint's tensors cannot be told from its config."""
-    facts = parts[0][1]
-    if len(parts) > 1 or parts[0][0]:
-        return f"the config has parts {', '.join(name or 'text' for name, _ in parts)}"
-    family = FAMILIES.get(facts.model_type or "")
+def _why_unknown(family: Family | None, facts: Facts, fields: Mapping[str, Any]) -> str | None:
+    """Say why this part's tensors cannot be told from its config."""
     if family is None:
-        known = ", ".join(FAMILIES)
+        known = ", ".join(FAMILIES if facts.role == "text" else TOWERS)
         return f"model_type={facts.model_type!r} has no table of tensors, those that do: {known}"
     if facts.quant is not None and storing(facts.quant) is None:
         return f"quant_method={facts.quant.method!r} at {facts.quant.bits} bits has no table"
-    missing = missing_fields(facts, config, family)
+    missing = missing_fields(facts, fields, family)
     if missing:
         return f"the config does not say {', '.join(missing)}"
-    experts = len(sparse_layers(facts, config)) * (facts.num_experts or 0)
+    experts = len(sparse_layers(facts, fields)) * (facts.num_experts or 0)
     return f"{experts} experts in all are more than any model's" if experts > _MOST else None
 
 
 def _differences(
-    expected: Mapping[str, Expected], headers: Headers, facts: Facts, config: Mapping[str, Any]
+    expected: Mapping[str, Expected], headers: Headers, names: PartNames, *, tied: bool
 ) -> list[str]:
     found: dict[str, list[str]] = {}
-    for name, one in expected.items():
+    for inner, one in expected.items():
+        name = names.spelled(inner)
         header = headers.tensors.get(name)
         if header is None:
             if not one.optional:
@@ -120,22 +173,21 @@ def _differences(
         wrong = _wrong(one, header)
         if wrong:
             _add(found, name, wrong)
-    tied = config.get("tie_word_embeddings", FAMILIES[facts.model_type or ""].tied)
-    for name in headers.tensors:
+    for inner, name in names.stored.items():
         own_copy = tied and name.endswith("lm_head.weight")
-        if name not in expected and not own_copy and not name.endswith(_DERIVED):
+        if inner not in expected and not own_copy and not name.endswith(_DERIVED):
             shape = list(headers.tensors[name].shape)
             _add(found, name, f"shape={shape} is there, but config.json gives no use for it")
     return [_line(what, names) for what, names in found.items()]
 
 
 def _shown(one: Expected) -> str:
-    return "there" if one.any_shape else str(list(one.shape))
+    return "there" if one.any_shape else " or ".join(str(list(shape)) for shape in one.shapes)
 
 
 def _wrong(one: Expected, header: Header) -> str | None:
-    if not one.any_shape and header.shape != one.shape:
-        return f"shape={list(header.shape)}, but should be {list(one.shape)}"
+    if not one.any_shape and header.shape not in one.shapes:
+        return f"shape={list(header.shape)}, but should be {_shown(one)}"
     if (one.dtypes and header.dtype not in one.dtypes) or (
         not one.dtypes and not one.any_shape and header.dtype not in _FLOATS
     ):
@@ -158,36 +210,48 @@ def _line(key: str, names: Sequence[str]) -> str:
 
 
 def _split(
-    expected: Mapping[str, Expected], headers: Headers, facts: Facts, tp_sizes: Sequence[int]
-) -> tuple[dict[int, tuple[str, ...]], dict[int, str]]:
+    expected: Mapping[str, Expected],
+    headers: Headers,
+    names: PartNames,
+    facts: Facts,
+    tp_sizes: Sequence[int],
+) -> Proof:
     """Prove the tiling at each degree; every kind of tensor is judged once."""
     kinds: dict[tuple[str, Expected], list[str]] = {}
-    for name, one in expected.items():
+    for inner, one in expected.items():
+        name = names.spelled(inner)
         header = headers.tensors.get(name)
-        if header is not None and header.shape == one.shape and not one.any_shape:
+        if header is not None and header.shape in one.shapes and not one.any_shape:
             kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
-            kinds.setdefault((kind, one), []).append(name)
+            kinds.setdefault((kind, one.stored_as(header.shape)), []).append(name)
     by_degree: dict[int, tuple[str, ...]] = {}
     not_split: dict[int, str] = {}
+    ways: dict[int, str] = {}
     spec = _spec(facts)
+    grain = quant_grain(facts)
     for tp_size in tp_sizes:
-        spans = spec if isinstance(spec, str) else spans_at(spec, facts.intermediate_size, tp_size)
-        if isinstance(spans, str):
-            not_split[tp_size] = spans
+        cuts = (
+            spec
+            if isinstance(spec, str)
+            else cuts_at(spec, facts.intermediate_size, tp_size, grain)
+        )
+        if isinstance(cuts, str):
+            not_split[tp_size] = cuts
             continue
+        ways[tp_size] = cuts.way
         by_degree[tp_size] = tuple(
             _line(f"{kind}\n{problem} [tp {tp_size}]", names)
             for (kind, one), names in kinds.items()
-            for problem in tiling_problems(one, one.shape, spans, tp_size)[:_SHOWN]
+            for problem in tiling_problems(one, one.logical, cuts.spans, tp_size)[:_SHOWN]
         )
-    return by_degree, not_split
+    return by_degree, not_split, ways
 
 
 def _spec(facts: Facts) -> ModelSpec | str:
     """Return the numbers that are split, as a spec; what else a spec says splits nothing."""
     kv = facts.num_attention_heads if facts.uses_mla else facts.num_key_value_heads
     fields: dict[str, Any] = {
-        "vocab_size": facts.vocab_size,
+        "vocab_size": facts.vocab_size or facts.hidden_size,
         "hidden_size": facts.hidden_size,
         "intermediate_size": facts.intermediate_size or facts.expert_width,
         "num_hidden_layers": 1,

@@ -8,15 +8,15 @@ sentence that names the file.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from tpcheck.errors import SubjectError, TPCheckError
 from tpcheck.files import read_json
 from tpcheck.hf_config import describe_directory
+from tpcheck.json_reader import parse_json
 
 INDEX = "model.safetensors.index.json"
 
@@ -77,28 +77,6 @@ def read_headers(directory: Path) -> Headers:
         if name not in tensors or tensors[name].file != file:
             raise TPCheckError(f"{index}: says that {file} holds {name!r}, but it does not")
     return Headers(tensors, tuple(files))
-
-
-def parse_json(text: str | bytes) -> Any:
-    """Return a JSON value, as strict as the standard.
-
-    Raises:
-        ValueError: it is not JSON, holds NaN or Infinity, or a key stands twice in one object.
-    """
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value: dict[str, Any] = {}
-    for name, one in pairs:
-        if name in value:
-            raise ValueError(f"the key {name!r} stands twice in one object")
-        value[name] = one
-    return value
 
 
 def _read_index(path: Path) -> dict[str, str]:
