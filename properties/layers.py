@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import tpcheck
+from tests.reference_jobs import poison_pads
 from tpcheck.pytest_plugin import tp_degrees
 from tpcheck.reference.decoder import build_decoder
-from tpcheck.reference.layout import cut, logical_tensors
 from tpcheck.shard_plan import STRICT, SplitPolicy
 from tpcheck.spec import ModelSpec
 from tpcheck.strategies import model_specs
@@ -64,6 +64,20 @@ def whole_numbers(weight: torch.Tensor) -> torch.Tensor:
     return weight.double().mul(1e3).round().remainder(3).sub(1).to(weight.dtype)
 
 
+def linear_inputs(features: int, exact: bool) -> Callable[..., torch.Tensor]:
+    """Inputs of a linear layer: whole numbers where its result must be exact."""
+    return (integers if exact else normals)(features)
+
+
+def whole_linear(
+    tp: tpcheck.TPGroup, whole_F: int, whole_D: int, bias: bool, exact: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """w_FD and b_F as every rank draws them, before any is cut."""
+    w_FD = tp.weight("w", whole_F, whole_D)
+    b_F = tp.weight("b", whole_F) if bias else torch.zeros(whole_F, dtype=tp.dtype)
+    return (whole_numbers(w_FD), whole_numbers(b_F)) if exact else (w_FD, b_F)
+
+
 def column_linear(
     features: int, per_rank: int, bias: bool, exact: bool = False, seq_len: int = 3
 ) -> Callable[[int], Build]:
@@ -72,13 +86,10 @@ def column_linear(
     def at(tp_size: int) -> Build:
         whole_F = per_rank * tp_size
 
-        @tpcheck.subject(inputs=(integers if exact else normals)(features), seq_len=seq_len)
+        @tpcheck.subject(inputs=linear_inputs(features, exact), seq_len=seq_len)
         def build(tp):
-            w_FD = tp.weight("w", whole_F, features)
-            b_F = tp.weight("b", whole_F) if bias else torch.zeros(whole_F, dtype=tp.dtype)
-            if exact:
-                w_FD, b_F = whole_numbers(w_FD), whole_numbers(b_F)
-            w_fD, b_f = (x.chunk(tp.size, 0)[tp.rank] for x in (w_FD, b_F))
+            w_FD, b_F = whole_linear(tp, whole_F, features, bias, exact)
+            w_fD, b_f = w_FD.chunk(tp.size)[tp.rank], b_F.chunk(tp.size)[tp.rank]
             return lambda x_TD: tp.all_gather(F.linear(x_TD, w_fD, b_f), -1)
 
         return build
@@ -94,12 +105,9 @@ def row_linear(
     def at(tp_size: int) -> Build:
         whole_D = per_rank * tp_size
 
-        @tpcheck.subject(inputs=(integers if exact else normals)(whole_D), seq_len=seq_len)
+        @tpcheck.subject(inputs=linear_inputs(whole_D, exact), seq_len=seq_len)
         def build(tp):
-            w_FD = tp.weight("w", features, whole_D)
-            b_F = tp.weight("b", features) if bias else torch.zeros(features, dtype=tp.dtype)
-            if exact:
-                w_FD, b_F = whole_numbers(w_FD), whole_numbers(b_F)
+            w_FD, b_F = whole_linear(tp, features, whole_D, bias, exact)
             w_Fd = w_FD.chunk(tp.size, 1)[tp.rank]
 
             def forward(x_TD):
@@ -116,11 +124,9 @@ def row_linear(
 def uneven_row_linear(whole_D: int, features: int, exact: bool = False, seq_len: int = 3) -> Build:
     """A row-parallel linear whose D need not divide: some ranks hold a column less, or none."""
 
-    @tpcheck.subject(inputs=(integers if exact else normals)(whole_D), seq_len=seq_len)
+    @tpcheck.subject(inputs=linear_inputs(whole_D, exact), seq_len=seq_len)
     def build(tp):
-        w_FD = tp.weight("w", features, whole_D)
-        if exact:
-            w_FD = whole_numbers(w_FD)
+        w_FD, _ = whole_linear(tp, features, whole_D, bias=False, exact=exact)
         w_Fd = w_FD.tensor_split(tp.size, 1)[tp.rank]
 
         def forward(x_TD):
@@ -146,9 +152,7 @@ def split_decoder(
     def build(tp):
         model = build_decoder(spec, tp, policy=policy if tp.size > 1 else STRICT)
         if poison is not None:
-            for name, (local, _) in model.shards().items():
-                part = cut(spec, model.plan, tp.rank, logical_tensors(spec)[name])
-                local.narrow(part.dim, part.real, part.pads).fill_(poison)
+            poison_pads(model, poison)
         return model
 
     return build

@@ -1,5 +1,7 @@
 """What is padded never reaches a logit, whatever stands in the pads."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,10 +49,11 @@ def padded_splits(draw, **pins):
     kv = draw(st.sampled_from(("shard_or_replicate", "unaligned", "mha")))
     quantum, block = draw(st.sampled_from((1, 4, 16))), draw(st.sampled_from((1, 2, 8)))
     policy = SplitPolicy("pad", kv, "pad", quantum, block)
-    for other in (policy, SplitPolicy("pad", "unaligned", "pad", quantum)):
+    unaligned = SplitPolicy("pad", "unaligned", "pad", quantum)
+    for other in (policy, unaligned, replace(unaligned, scales="replicate")):
         if tp_size in legal_tp_sizes(spec, tp_size, other):
             return spec, tp_size, other
-    raise AssertionError("with unaligned KV heads and no blocks every degree plans")
+    raise AssertionError("with unaligned KV heads, no blocks and copied scales every degree plans")
 
 
 @given(split=padded_splits(), poison=POISONS)

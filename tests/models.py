@@ -30,12 +30,39 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "original_max_position_embeddings": 16,
+}
 GPT2 = {
     "vocab_size": 101,
     "n_embd": 48,
     "n_layer": 2,
     "n_head": 6,
     "n_positions": 64,
+}
+GPT_OSS_CONFIG: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "vocab_size": 101,
+    "hidden_size": 48,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 3,
+    "max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "original_max_position_embeddings": 16,
+        "truncate": False,
+    },
 }
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SMALL},
@@ -45,6 +72,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "llama",
         **SMALL,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+    },
+    "llama_yarn": {"model_type": "llama", **SMALL, "rope_parameters": YARN_ROPE},
+    "llama_yarn_mscale": {
+        "model_type": "llama",
+        **SMALL,
+        "rope_parameters": {
+            **YARN_ROPE,
+            "rope_theta": 100.0,
+            "original_max_position_embeddings": 4096,  # the ramp ends behind the last pair
+            "truncate": False,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.5,
+        },
     },
     "llama_tied": {"model_type": "llama", **SMALL, "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", **SMALL, "sliding_window": None},

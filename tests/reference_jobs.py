@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tpcheck.reference.checkpoint import load_decoder
 from tpcheck.reference.decoder import Decoder, build_decoder
 from tpcheck.reference.layout import cut, logical_tensors
 from tpcheck.shard_plan import STRICT, SplitPolicy
+from tpcheck.shard_plan.quant import quantized
 from tpcheck.spec import ModelSpec
 
 
@@ -47,6 +49,22 @@ def on_ranks(run: Run, size: int) -> tuple[Reply, ...]:
     if result.failure is not None:
         raise result.failure.exception or RuntimeError(result.failure.message)
     return result.replies
+
+
+def ids_for(spec: ModelSpec, length: int = 7) -> torch.Tensor:
+    """Return two rows of token ids, the same every time."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randint(0, spec.vocab_size, (2, length), generator=generator)
+
+
+def alone(specs: Mapping[str, ModelSpec]) -> dict[str, Reply]:
+    """Return what each spec replies at TP=1, by its name."""
+    return {name: on_ranks(Run(spec, ids_for(spec)), 1)[0] for name, spec in specs.items()}
+
+
+def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the RMS of the difference over the RMS of what is expected."""
+    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def rank_job(world: World, run: Run) -> Reply:
@@ -88,12 +106,23 @@ def logits_job(world: World, run: Run) -> torch.Tensor:
 def poison_pads(decoder: Decoder, poison: float) -> int:
     """Fill every pad of every weight, and return how many elements that were."""
     poisoned = 0
-    for name, (local, _) in decoder.shards().items():
-        tensor = logical_tensors(decoder.spec)[name]
+    shards = decoder.shards()
+    for name, tensor in logical_tensors(decoder.spec).items():
         part = cut(decoder.spec, decoder.plan, decoder.embed_tokens.tp.rank, tensor)
+        stored = quantized(decoder.spec, name, tensor)
+        local = dequantized(decoder, name) if stored else shards[name][0]
         pads = local.narrow(part.dim, part.real, part.pads)
         poisoned += pads.fill_(poison).numel()
     return poisoned
+
+
+def dequantized(decoder: Decoder, name: str) -> torch.Tensor:
+    """Return what a decoder computes with where a weight is quantized: its shards are the codes."""
+    path, _, last = name.removeprefix("model.").removesuffix(".weight").rpartition(".")
+    parent = decoder.get_submodule(path)
+    module = getattr(parent, last, parent)  # an expert holds its down_proj itself
+    named = dict(module.named_parameters(recurse=False))
+    return next(named[key].data for key in ("weight_fD", "weight_Df", "down_Df") if key in named)
 
 
 def decode(decoder: Decoder, ids: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,11 @@ PACKAGE = ROOT / "tpcheck"
 
 ORDER = (
     "errors",
-    "placement trace environment files json_reader progress",
-    "numerics",
-    "spec",
+    "json_reader",
+    "placement trace environment files progress",
+    "numerics quantization",
+    "spec hf_fields",
+    "hf_rope hf_quantization",
     "hf_config pieces",
     "shard_plan",
     "engines sharding",
@@ -37,12 +39,15 @@ ORDER = (
     "golden",
     "subjects",
     "adapters",
-    "inputs execution",
+    "inputs execution probing",
     "comparison",
     "evidence",
     "conduct localization",
     "checks",
-    "divergence",
+    "divergence case_runs drift_scores drift_layers",
+    "drift_profile drift_summary",
+    "drift_runs",
+    "explanations",
     "investigation",
     "verdict",
     "repro",
@@ -50,6 +55,10 @@ ORDER = (
     "judging",
     "generated sensitivity fault_cells",
     "workflow fault_matrix",
+    "drift_command",
+    "probe_sweep",
+    "probe_json",
+    "probe_command",
     "fallback",
     "cli_options cli_output",
     "pytest_options pytest_summary",
@@ -75,6 +84,8 @@ PUBLIC_FUNCTIONS = set("run drift plan diff gate require subject golden_record s
 CALLS = {
     "plan": "assert tpcheck.plan({'num_attention_heads': 6}, 'vllm', 4)[0].outcome == 'error'",
     "subject": "tpcheck.subject(vocab_size=8, seq_len=4)(lambda tp: None)",
+    "drift": "assert tpcheck.drift('builtin:llama-tiny', (2,), backend='sim', wires=('float32',),"
+    " dtypes=('bfloat16',)).drift['rows'][0]['epsilons'] > 0",
     "run": "assert tpcheck.run('builtin:llama-tiny', (2,), backend='sim').outcome == 'PASS'",
 }
 """How each public function is called; a new one needs a line here."""
@@ -176,7 +187,8 @@ def test_surfaces_reports_and_gates_load_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["plan", "--help"], ["--version"]]
+    "arguments",
+    [["--help"], ["run", "--help"], ["plan", "--help"], ["probe", "--help"], ["--version"]],
 )
 def test_help_loads_no_torch(arguments: list[str]) -> None:
     code = (

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tpcheck.drift_command import drift
     from tpcheck.errors import (
         BackendError,
         CheckFailed,
@@ -54,6 +55,7 @@ _HOMES = {
     "TPCheckError": "errors",
     "TPGroup": "groups.base",
     "Verdict": "records",
+    "drift": "drift_command",
     "plan": "planning",
     "run": "workflow",
     "subject": "subjects",
@@ -82,6 +84,7 @@ __all__ = [
     "TPGroup",
     "Verdict",
     "__version__",
+    "drift",
     "plan",
     "run",
     "subject",

@@ -45,18 +45,17 @@ def structural(evidence: Evidence) -> Check:
     floor = evidence.floor
     limit = structural_limit(floor.relative_rms)
     facts: dict[str, Any] = {"dtype": floor.tier, "limit": limit, "source": floor.source}
+    exact, oracle = evidence.exact_pair
     try:
-        compared = _compare_all(evidence.exact[0], evidence.oracle)
+        compared = _compare_all(exact, oracle)
     except SubjectError as error:
         return Check(FAIL, str(error), facts)
-    if not any(bool(output.isfinite().any()) for output in evidence.oracle.outputs.values()):
+    if not any(bool(output.isfinite().any()) for output in oracle.outputs.values()):
         return Check(SKIPPED, "TP=1 in float64 is not finite anywhere: nothing to compare", facts)
     where, worst = worst_comparison(compared)
     facts |= {"relative_rms": worst.relative_rms, "smallest_bug": limit, "worst_input": where}
     if worst.mask_mismatches:
-        return Check(
-            FAIL, f"{where}: {_mask_reason(evidence.exact[0], evidence.oracle, where)}", facts
-        )
+        return Check(FAIL, f"{where}: {_mask_reason(exact, oracle, where)}", facts)
     if worst.relative_rms > limit:
         reason = (
             f"{where}: relative_rms={worst.relative_rms:.3g}, but should be at most {limit:.3g};"
@@ -70,9 +69,9 @@ def structural(evidence: Evidence) -> Check:
 
 def _hidden_in_slices(evidence: Evidence) -> str:
     """Say which small channels or tokens are off by more than their casts explain."""
-    assert evidence.oracle is not None
+    exact, oracle = evidence.exact_pair
     for key, noise in evidence.floor.sliced.items():
-        actual, expected = evidence.exact[0].outputs[key], evidence.oracle.outputs[key]
+        actual, expected = exact.outputs[key], oracle.outputs[key]
         found = sliced_relative_rms(actual, expected)
         for name, value, response in zip(("channel", "token"), found, noise, strict=True):
             limit = structural_limit(response)
@@ -90,6 +89,8 @@ def drift(evidence: Evidence) -> Check:
         "expected": evidence.expected,
         "expected_source": evidence.expected_source,
     }
+    if evidence.quantization_error is not None:
+        facts["quantization_error"] = evidence.quantization_error
     if evidence.routing_flips or evidence.routing_pinned:
         facts |= {
             "routing": "pinned to the reference" if evidence.routing_pinned else "free",

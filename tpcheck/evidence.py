@@ -35,7 +35,8 @@ class Evidence:
     """What was run for one (case, degree, dtype); every trace list is in rank order.
 
     oracle: TP=1 in the widest dtype; exact: TP=N in it. base, deployed: the same in the deployed
-    dtype, with routing pinned to the oracle's where the subject picks by top-k.
+    dtype, with routing pinned to the oracle's where the subject picks by top-k. elsewhere: TP=N and
+    TP=1 in the oracle's dtype on other weights, where at these a value lies between two codes.
     """
 
     dtype: str
@@ -49,11 +50,19 @@ class Evidence:
     expected: float = 1.0
     expected_source: str = ""
     base_error: float | None = None
+    quantization_error: float | None = None
     tolerance: Tolerance | None = None
     logits: str = "all"
     routing_flips: int = 0
     routing_margin: float | None = None
     routing_pinned: bool = False
+    elsewhere: tuple[Trace, Trace] | None = None
+
+    @property
+    def exact_pair(self) -> tuple[Trace, Trace]:
+        """TP=N and TP=1 in the oracle's dtype, as `structural` compares them."""
+        assert self.oracle is not None
+        return self.elsewhere or (self.exact[0], self.oracle)
 
 
 def distance(actual: Trace, expected: Trace) -> tuple[float, float, int]:
@@ -78,8 +87,40 @@ def output_response(moved: Trace, still: Trace) -> float:
     return max(responses)
 
 
-def noise_floor(casts: Sequence[NarrowCast], moved: Sequence[tuple[Trace, Trace]]) -> NoiseFloor:
-    """Return the floor that narrow operations set, given (moved by half an ulp there, still)."""
+def without_flips(moved: Trace, still: Trace) -> tuple[Trace, Trace]:
+    """Return both without the tokens that moved by far more than most did.
+
+    Half an ulp takes a value that lies between two codes to the other, and its token a whole
+    quantum away: in a few tokens, where values of few digits tie. A floor of that size would hide
+    any bug below a quantum, and the two runs that it is for differ by no such flip, or are run
+    again. Where most tokens flip, they all stay: then that is the noise.
+    """
+    kept_moved, kept_still = dict(moved.outputs), dict(still.outputs)
+    for key in moved.outputs.keys() & still.outputs.keys():
+        one, other = moved.outputs[key], still.outputs[key]
+        if one.shape != other.shape or one.ndim < 2 or not one.dtype.is_floating_point:
+            continue
+        rows, held = one.double().flatten(0, -2), other.double().flatten(0, -2)
+        error, size = (rows - held).square().mean(-1).sqrt(), held.square().mean().sqrt()
+        most = max(_FLIP * float(error.median()), _FLIP * eps("float32") * float(size))
+        kept_moved[key], kept_still[key] = rows[error <= most], held[error <= most]
+    return replace(moved, outputs=kept_moved), replace(still, outputs=kept_still)
+
+
+_FLIP = 100.0
+"""How far beyond most tokens, or float32's own rounding, one is that flipped: int8's quantum is
+some 65,000 float32 roundings, e4m3's 500,000."""
+
+
+def noise_floor(
+    casts: Sequence[NarrowCast], moved: Sequence[tuple[Trace, Trace]], *, codes: bool = False
+) -> NoiseFloor:
+    """Return the floor that narrow operations set, given (moved by half an ulp there, still).
+
+    Args:
+        codes: the subject quantizes; tokens in which a code flipped are left out.
+    """
+    moved = [without_flips(*pair) for pair in moved] if codes else moved
     response = max(output_response(*pair) for pair in moved)
     at_a = [sliced_relative_rms(a.outputs["A"], b.outputs["A"]) for a, b in moved]
     narrowest = max(casts, key=lambda cast: eps(cast.target))

@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 
 from tpcheck.errors import SubjectError
-from tpcheck.groups.base import RecordedGroup
+from tpcheck.groups.base import Interceptor, RecordedGroup
 from tpcheck.groups.jobs import World
 from tpcheck.observation.consumption import Consumption, offer_weights, one_ulp_off
-from tpcheck.observation.dispatch import Choice, Watch
+from tpcheck.observation.dispatch import CastKey, Choice, Watch
 from tpcheck.observation.injection import reduction_noise
 from tpcheck.observation.modules import ModuleTracer, replay_modules, traced_modules
 from tpcheck.observation.planting import Plant, Planter
@@ -42,9 +42,10 @@ class Task:
     "A again". watch: see casts, choices and torch.distributed calls. perturb_seed: move narrow
     casts by half an ulp. perturb_weights: move weights by half an ulp of the compute dtype;
     other_weights: by an ulp of the storage dtype, alike in every compute dtype. noise_dtype: add to
-    every reduction the rounding this dtype must cost. pinned: input id -> choices to impose on
-    top-k. trace: input id whose modules are recorded; replay: reference inputs by FQN for modules
-    with declared placements.
+    every reduction the rounding this dtype must cost. codes: TP=1's quantizers (dispatch: [Codes]).
+    intercept: makes what watches or replaces collectives; its `seen` becomes an extra. pinned: input
+    id -> choices to impose on top-k. trace: input id whose modules are recorded; replay: reference
+    inputs by FQN for modules with declared placements.
     """
 
     subject: SubjectRef
@@ -60,6 +61,8 @@ class Task:
     other_weights: int | None = None
     noise_dtype: str = ""
     noise_kind: str = "ring"
+    codes: tuple[CastKey, ...] | None = None
+    intercept: Callable[[], Interceptor] | None = None
     pinned: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
     trace: str = ""
     until: str = ""
@@ -103,6 +106,18 @@ def execute_planted(world: World, work: tuple[Task, Sequence[Plant]]) -> list[Tr
                 trace = _Runner(subject, group, forward, task).everything(consumption)
             traces.append(replace(trace, extras={"survey": planter.survey()}))
     return traces
+
+
+def execute_in_turn(world: World, tasks: Sequence[Task]) -> list[Trace]:
+    """Run tasks that differ in what they run, not in what they build, on one build.
+
+    Raises:
+        Exception: whatever the subject raises.
+    """
+    with torch.no_grad():
+        group = _group(world, tasks[0])
+        subject, forward, consumption = _built(group, tasks[0])
+        return [_Runner(subject, group, forward, task).everything(consumption) for task in tasks]
 
 
 def execute_recorded(world: World, work: tuple[Task, list[Program]]) -> Trace:
@@ -178,7 +193,8 @@ class _Runner:
         self._digests: dict[str, str] = {}
         self._collectives: dict[str, tuple[Any, ...]] = {"build": group.recorder.take()}
         self._choices: dict[str, list[Choice]] = {}
-        self._casts: dict[tuple[str, str, str], Any] = {}
+        self._casts: dict[CastKey, Any] = {}
+        self._codes: dict[CastKey, None] = {}
         self._unpinned = 0
         self._quiet = True
         self._extras: dict[str, Any] = {}
@@ -187,6 +203,8 @@ class _Runner:
         task = self._task
         if task.noise_dtype:
             self._group.interceptor = reduction_noise(task.noise_dtype, task.noise_kind, task.seed)
+        if task.intercept is not None:
+            self._group.interceptor = task.intercept()
         for input_id in task.order:
             name = AGAIN if input_id in self._collectives else input_id
             self._run(name, self._forward, input_id)
@@ -196,9 +214,11 @@ class _Runner:
             self._trace_modules()
         if task.shards and hasattr(self._forward, "shards"):
             self._extras["shards"] = _checked_shards(self._forward.shards())
+        self._extras["codes"] = tuple(self._codes)
         self._extras["choices"] = self._choices
         self._extras["unpinned"] = self._unpinned
         self._extras["consumed"] = consumption.counts()
+        self._extras["seen"] = getattr(self._group.interceptor, "seen", None)
         return Trace(
             rank=self._group.rank,
             outputs=self._outputs,
@@ -243,6 +263,7 @@ class _Runner:
             self._group.recorder,
             wanted=self._group.dtype,
             perturb=generator,
+            codes=task.codes,
             pinned=pinned,
             rank=self._group.rank,
         )
@@ -251,6 +272,7 @@ class _Runner:
         if watch.choices:
             self._choices[name] = watch.choices
         self._unpinned += watch.unpinned
+        self._codes |= watch.codes
         self._quiet = self._quiet and not watch.saw_something
         for cast_ in watch.casts:
             self._casts.setdefault((cast_.fqn, cast_.source, cast_.target), cast_)

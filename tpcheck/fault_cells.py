@@ -21,7 +21,7 @@ from tpcheck.investigation import Settings
 from tpcheck.judging import CaseJudge, Seen
 from tpcheck.records import FAIL
 from tpcheck.run_plan import DEFAULT_BATCH, RunPlan, make_run_plan
-from tpcheck.shard_plan import legal_tp_sizes
+from tpcheck.shard_plan import STRICT, SplitPolicy, legal_tp_sizes
 from tpcheck.spec import Case, ModelSpec
 from tpcheck.subjects import make_ref, resolve, subject
 
@@ -113,10 +113,11 @@ def spec_for(fault: Fault, tp_size: int) -> ModelSpec:
     """
     for base in _BASES:
         spec = replace(base, **fault.needs)
-        if fault.accepts is None and _is_legal(spec, tp_size):
+        if fault.caught_by != "plan" and _is_legal(spec, tp_size):
             return spec
-        if fault.accepts is not None and not _is_legal(spec, tp_size):
-            if _is_legal(fault.accepts(spec, tp_size), tp_size):
+        if fault.caught_by == "plan" and not _is_legal(spec, tp_size):
+            accepted = fault.accepts(spec, tp_size) if fault.accepts else spec
+            if _is_legal(accepted, tp_size, fault.policy):
                 return spec
     raise SubjectError(
         f"fault {fault.name}: tp={tp_size}, but should be a degree at which it can be planted,"
@@ -124,8 +125,8 @@ def spec_for(fault: Fault, tp_size: int) -> ModelSpec:
     )
 
 
-def _is_legal(spec: ModelSpec, tp_size: int) -> bool:
-    return tp_size in legal_tp_sizes(spec, up_to=tp_size)
+def _is_legal(spec: ModelSpec, tp_size: int, policy: SplitPolicy = STRICT) -> bool:
+    return tp_size in legal_tp_sizes(spec, up_to=tp_size, policy=policy)
 
 
 def build_planted(name: str, casts: bool, tp: TPGroup, spec: ModelSpec) -> Any:

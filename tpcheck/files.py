@@ -7,15 +7,14 @@ same to every reader: no NaN or Infinity, no key that stands twice.
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from uuid import uuid4
 
 from tpcheck.errors import TPCheckError
+from tpcheck.json_reader import parse_json
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
@@ -75,13 +74,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         TPCheckError: the file cannot be read or is not JSON; names the path.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return json.loads(
-            text,
-            parse_constant=_no_constant,
-            parse_float=_finite_float,
-            object_pairs_hook=_unique_keys,
-        )
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -96,23 +89,3 @@ def _is_no_file(path: str | os.PathLike[str]) -> bool:
 def _spare_name(target: Path) -> Path:
     # beside the target, because a file can be replaced in one step only on its own file system
     return target.with_name(f".{target.name[:80]}.{uuid4().hex}.tmp")
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not allowed")
-
-
-def _finite_float(digits: str) -> float:
-    value = float(digits)
-    if not math.isfinite(value):
-        raise ValueError(f"{digits} is beyond what a float can hold")
-    return value
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return value

@@ -127,7 +127,9 @@ class _Trial:
         )
         verdict = judge.confirmed(failing.tp_size)
         note = f"smallest of {found.tried} cases tried"
-        if found.first is not None and found.first != case:
+        if found.remembered:
+            note = "remembered from an earlier run (delete .hypothesis to forget)"
+        elif found.first is not None and found.first != case:
             note += f", shrunk from {found.first.id}"
         script = script_of(self._plan.ref, verdict)
         return replace(verdict, reasons=(*verdict.reasons, note), script=script)

@@ -8,15 +8,19 @@ transformers 5's `rope_parameters`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import PlanError, SubjectError, TPCheckError
 from tpcheck.files import read_json
-from tpcheck.spec import ModelSpec, RopeScaling
-
-Config = Mapping[str, Any]
+from tpcheck.hf_fields import Config
+from tpcheck.hf_fields import get as _get
+from tpcheck.hf_fields import refuse_unless as _refuse_unless
+from tpcheck.hf_fields import required as _required
+from tpcheck.hf_quantization import read_quantization
+from tpcheck.hf_rope import rope_fields
+from tpcheck.spec import ModelSpec
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -53,8 +57,8 @@ def spec_from_config(config: Config) -> ModelSpec:
     """Return the spec that a config.json describes.
 
     Args:
-        config: the fields of a llama, mistral, qwen2, qwen3, gpt2, mixtral, qwen2_moe or qwen3_moe
-            config.
+        config: the fields of a llama, mistral, qwen2, qwen3, gpt2, mixtral, qwen2_moe, qwen3_moe
+            or gpt_oss config.
 
     Raises:
         PlanError: a field is missing, malformed, or something the reference decoder cannot do.
@@ -65,13 +69,8 @@ def spec_from_config(config: Config) -> ModelSpec:
         raise PlanError(
             f"config: model_type={model_type!r}, but should be one of {', '.join(_READERS)}"
         )
-    if config.get("quantization_config") is not None:
-        raise PlanError(
-            f"config: quantization_config={config['quantization_config']!r},"
-            " but should be absent: the reference decoder reads unquantized weights only"
-        )
     fields = {"model_type": model_type, "vocab_size": _required(config, "vocab_size")}
-    fields |= reader(config)
+    fields |= reader(config) | {"quantization": read_quantization(config)}
     try:
         return ModelSpec.from_fields(fields)
     except PlanError as error:
@@ -90,7 +89,7 @@ def _llama_like(config: Config) -> dict[str, Any]:
         "norm_eps": _get(config, "rms_norm_eps", 1e-6),
         "max_position_embeddings": _get(config, "max_position_embeddings", 2048),
         "tie_word_embeddings": _get(config, "tie_word_embeddings", False),
-        **_rope(config),
+        **rope_fields(config),
     }
 
 
@@ -194,6 +193,69 @@ def _experts(config: Config, default: int) -> Any:
     return values[0] if values else default
 
 
+def _gpt_oss(config: Config) -> dict[str, Any]:
+    config = {**_GPT_OSS, **config}
+    if all(config.get(name) is None for name in ("rope_parameters", "rope_scaling")):
+        config["rope_scaling"] = _GPT_OSS_ROPE
+    layers = _required(config, "num_hidden_layers")
+    types = config.get("layer_types")
+    if types is None:
+        types = [_GPT_OSS_LAYERS[layer % 2] for layer in range(layers)]
+    elif isinstance(types, list) and len(types) != layers:
+        raise PlanError(
+            f"config: layer_types has {len(types)} entries, but should have"
+            f" num_hidden_layers={layers}"
+        )
+    bias, limit = _get(config, "attention_bias", True), _get(config, "swiglu_limit", 7.0)
+    if limit == 0:
+        raise PlanError("config: swiglu_limit=0, but should be positive: it silences every expert")
+    return {
+        **_llama_like(config),
+        "hidden_act": "silu",  # whatever hidden_act says: its experts know no other
+        "attention_bias": bias,
+        "attention_out_bias": bias,
+        "attention_sinks": True,
+        "layer_types": types,
+        "sliding_window": config.get("sliding_window", 128) or 0,
+        "num_experts": _experts(config, 128),
+        "num_experts_per_tok": _chosen(config, 4),
+        "mlp_bias": True,
+        "router_bias": True,
+        "router_scoring": "topk_softmax",
+        "swiglu_limit": limit,
+        "swiglu_alpha": _get(config, "swiglu_alpha", 1.702),
+    }
+
+
+_GPT_OSS = {
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000.0,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+}
+_GPT_OSS_LAYERS = ("sliding_attention", "full_attention")
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def _chosen(config: Config, default: int) -> Any:
+    """Read how many experts a token chooses; OpenAI's own name for it is experts_per_token."""
+    chosen = config.get("num_experts_per_tok")
+    own = config.get("experts_per_token")
+    if None not in (chosen, own) and chosen != own:
+        raise PlanError(
+            f"config: experts_per_token={own!r}, but should be num_experts_per_tok={chosen!r}"
+        )
+    return next((value for value in (chosen, own) if value is not None), default)
+
+
 def _gpt2(config: Config) -> dict[str, Any]:
     for name, neutral in _GPT2_NEUTRAL.items():
         _refuse_unless(config, name, neutral)
@@ -231,41 +293,8 @@ _READERS: dict[str, Callable[[Config], dict[str, Any]]] = {
     "mixtral": _mixtral,
     "qwen2_moe": _qwen2_moe,
     "qwen3_moe": _qwen3_moe,
+    "gpt_oss": _gpt_oss,
 }
-
-
-def _rope(config: Config) -> dict[str, Any]:
-    """Read rope's base and scaling from either spelling."""
-    name = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
-    rope = _get(config, name, {})
-    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise PlanError(f"config: {name}={rope!r}, but should be one set of parameters")
-    for where in (config, rope):
-        _refuse_unless(where, "partial_rotary_factor", 1.0)
-    _refuse_unless(rope, "attention_factor", 1.0)
-    theta = rope.get("rope_theta", _get(config, "rope_theta", 10000.0))
-    return {"rope_theta": theta, "rope_scaling": _rope_scaling(name, rope)}
-
-
-def _rope_scaling(name: str, rope: Config) -> RopeScaling | None:
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type == "default":
-        return None
-    needed = {"linear": ("factor",), "llama3": _LLAMA3_FIELDS}.get(str(rope_type))
-    if needed is None:
-        raise PlanError(
-            f"config: {name}.rope_type={rope_type!r}, but should be one of default, linear, llama3"
-        )
-    values = {field: _required(rope, field, where=f"config: {name}") for field in needed}
-    return RopeScaling.from_fields({"rope_type": rope_type, **values})
-
-
-_LLAMA3_FIELDS = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
-)
 
 
 def _qwen_window(config: Config) -> int:
@@ -299,24 +328,3 @@ def _uniform_window(config: Config, window: int) -> int:
         f"config: layer_types={types!r}, but should all be full_attention, or all be"
         " sliding_attention with a window: the reference decoder has one kind of layer"
     )
-
-
-def _required(config: Config, name: str, where: str = "config") -> Any:
-    value = config.get(name)
-    if value is None:
-        raise PlanError(f"{where}: {name} is missing, but should be given")
-    return value
-
-
-def _get(config: Config, name: str, default: Any) -> Any:
-    value = config.get(name)
-    return default if value is None else value
-
-
-def _refuse_unless(config: Config, name: str, neutral: Any) -> None:
-    value = config.get(name)
-    if value is not None and value != neutral:
-        raise PlanError(
-            f"config: {name}={value!r}, but should be {neutral!r}:"
-            " the reference decoder cannot do otherwise"
-        )

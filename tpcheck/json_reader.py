@@ -1,12 +1,16 @@
-"""Read JSON that came from elsewhere: a value that knows its path.
+"""Read JSON that came from elsewhere: strictly, and as a value that knows its path. Torch-free.
 
-Requirement: whatever is missing, has another type or another value than allowed is refused with
-the path of the very value, `report.verdicts[3].tp_size=True, but should be a whole number`, so that
-a hand-edited or foreign file can be mended without reading our source.
+Requirement: JSON means the same to every reader: no NaN or Infinity, no key that stands twice. And
+whatever is missing, has another type or another value than allowed is refused with the path of the
+very value, `report.verdicts[3].tp_size=True, but should be a whole number`, so that a hand-edited
+or foreign file can be mended without reading our source.
 """
 
 from __future__ import annotations
 
+import json
+import math
+from collections import Counter
 from typing import Any, NoReturn
 
 from tpcheck.errors import TPCheckError
@@ -65,8 +69,43 @@ class JsonReader:
         return value
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Return a JSON value, as strict as the standard.
+
+    Raises:
+        ValueError: it is not JSON, holds NaN, Infinity or a number too large for a float, or a key
+            stands twice in one object.
+    """
+    return json.loads(
+        text,
+        parse_constant=_no_constant,
+        parse_float=_finite_float,
+        object_pairs_hook=_unique_keys,
+    )
+
+
 def refuse(path: str, value: Any, expected: str) -> NoReturn:
     """Raise a TPCheckError that says what stands at `path` and what should."""
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     raise TPCheckError(f"{path}={shown}, but should be {expected}")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits} is beyond what a float can hold")
+    return value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in seen.items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return value

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from tpcheck.comparison import compare, describe_region, mask_difference
+from tpcheck.numerics.regression import most_scaled_rank
 from tpcheck.observation.modules import PointRecord
 from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
 from tpcheck.records import FirstDivergence
@@ -209,27 +210,18 @@ def _attribution(
 def _regression(
     records: Sequence[PointRecord], want: torch.Tensor, placement: Placement, allowed: float
 ) -> tuple[int | None, str]:
-    """Regress the error onto the partials in the deployed dtype, where rounding is the noise.
-
-    A factor counts from 8 standard errors; clean runs stay below 4.
-    """
+    """Regress the error onto the partials in the deployed dtype, where rounding is the noise."""
     if any(len(record.partials) != 1 for record in records) or records[0].output is None:
         return None, ""
-    operands = torch.stack([record.partials[0][1].double().flatten() for record in records], 1)
+    partials = torch.stack([record.partials[0][1].double().flatten() for record in records])
     error = (records[0].output.double() - want.double()).flatten()
-    if operands.shape[0] != error.numel() or operands.shape[0] <= 2 * operands.shape[1]:
+    if partials.shape[1] != error.numel():
         return None, ""
-    if not (operands.isfinite().all() and error.isfinite().all()):
+    found = most_scaled_rank(partials, error)
+    if found is None or not found.significant:
         return None, ""
-    slopes = torch.linalg.lstsq(operands, error.unsqueeze(1)).solution.squeeze(1)
-    noise = (operands @ slopes - error).square().sum() / (len(error) - operands.shape[1])
-    spread = torch.linalg.pinv(operands.T @ operands).diagonal() * noise
-    z = slopes / spread.sqrt().clamp_min(1e-300)
-    worst = int(z.abs().argmax())
-    if abs(float(z[worst])) < 8:
-        return None, ""
-    counts, score = 1 + float(slopes[worst]), float(z[worst])
-    return worst, f"rank {worst}'s partial counts {counts:.6g} times (z={score:.0f})"
+    text = f"rank {found.rank}'s partial counts {found.factor:.6g} times (z={found.z:.0f})"
+    return found.rank, text
 
 
 def _same_for_every_token(records: Sequence[PointRecord], want: torch.Tensor) -> bool:

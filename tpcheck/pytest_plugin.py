@@ -59,6 +59,9 @@ def tp_degrees() -> SearchStrategy[int]:
     Under `pytest --tp 8` it draws from 2 to 8, a third of the time 8; under `--tp 2,4` one of
     these; without `--tp`, and without pytest, 2, 4 or 8. It shrinks to the smallest.
 
+    For tests of a model that people run with `--tp`. `tpcheck.strategies.tp_degrees` knows no
+    options: it draws from degrees that the test itself names.
+
     Example:
         >>> from hypothesis import given
         >>> @given(tp_size=tp_degrees())

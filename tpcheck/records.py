@@ -118,7 +118,10 @@ class Path:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Every verdict of a run with the environment that produced it. `outcome` is the worst one."""
+    """Every verdict of a run with the environment that produced it. `outcome` is the worst one.
+
+    `drift` is what a drift report's profiles come to: drift_summary.py has its keys.
+    """
 
     subject: str
     verdicts: tuple[Verdict, ...]
@@ -126,6 +129,7 @@ class Report:
     path: Path
     tpcheck: str
     sensitivity: Mapping[str, Any] | None = None
+    drift: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
 
     @property

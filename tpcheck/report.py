@@ -55,6 +55,7 @@ def to_json(report: Report) -> Json:
             "notes": report.notes,
             "verdicts": [_verdict_to_json(verdict) for verdict in report.verdicts],
         }
+        | ({} if report.drift is None else {"drift": report.drift})
     )
     return top
 
@@ -78,6 +79,7 @@ def from_json(value: Any) -> Report:
         path=_path_from_json(top.reader("path")),
         tpcheck=top.get("tpcheck", str),
         sensitivity=top.optional("sensitivity", dict),
+        drift=top.optional("drift", dict),
         notes=tuple(item.value for item in top.items("notes", str, default=())),
     )
     if report.outcome != outcome:

@@ -83,6 +83,11 @@ def make_run_plan(
     degrees = _degrees(subject, tp_sizes, backend, ranks_per_gpu)
     first = Case(seed, batch or DEFAULT_BATCH, seq_len or longest)
     generates = subject.options.specs is not None and one is None
+    chosen = "sim" if generates and backend == "auto" else backend
+    if settings.reduction != "ring" and chosen != "sim":
+        raise TPCheckError(
+            f"reduction={settings.reduction!r} is emulated, so it needs backend sim, not {chosen}"
+        )
     limit = cases or (DEFAULT_GENERATED if generates else 1)
     several = tuple(replace(first, seed=seed + offset) for offset in range(limit))
     fixed = several if one is None else (one,)
@@ -99,7 +104,7 @@ def make_run_plan(
         batch=batch,
         seq_len=seq_len,
         settings=replace(settings, tp_sizes=degrees),
-        backend="sim" if generates and backend == "auto" else backend,
+        backend=chosen,
         ranks_per_gpu=ranks_per_gpu,
         max_failures=max_failures,
         options=options,
@@ -157,7 +162,7 @@ def _require_whole(name: str, value: object, *, at_least: int) -> None:
 
 
 def repro_line(plan: RunPlan, case: Case, tp_size: int, dtype: str) -> str:
-    if plan.ref.kind == "pickled":
+    if plan.ref.kind == "pickled" or plan.settings.reduction != "ring":
         return _python_repro(plan, case, tp_size, dtype)
     words = ["tpcheck", "run", plan.ref.label, "--tp", str(tp_size), "--dtype", dtype]
     words += ["--seed", str(case.seed), "--case", case.id, *plan.options]
@@ -166,11 +171,14 @@ def repro_line(plan: RunPlan, case: Case, tp_size: int, dtype: str) -> str:
 
 def _python_repro(plan: RunPlan, case: Case, tp_size: int, dtype: str) -> str:
     name = plan.ref.label.rpartition(":")[2].rpartition(".")[2]
-    arguments = [name if name.isidentifier() else "build", f"({tp_size},)"]
+    name = name if name.isidentifier() else "build"
+    arguments = [name if plan.ref.kind == "pickled" else repr(plan.ref.label), f"({tp_size},)"]
     arguments += [f"dtypes=({dtype!r},)", f"case={case.id!r}"]
     for option, value in zip(plan.options[::2], plan.options[1::2], strict=True):
         text = value if option in ("--atol", "--rtol") else repr(value)
         arguments.append(f"{option.removeprefix('--')}={text}")
+    if plan.settings.reduction != "ring":  # no option of the command line
+        arguments.append(f"reduction={plan.settings.reduction!r}")
     return f"tpcheck.run({', '.join(arguments)})"
 
 

@@ -37,7 +37,8 @@ class Found:
 
     passed: verdicts of the cases that passed before anything failed, in order. failing: the
     smallest failing case, None when nothing failed. first: its larger ancestor, as it was drawn.
-    tried: how many cases were judged, shrinking included. shrink_s: seconds it took.
+    tried: how many cases were judged, shrinking included. shrink_s: seconds it took. remembered:
+    the failing case was found by an earlier search [Remembered Cases].
     """
 
     passed: tuple[Verdict, ...]
@@ -45,6 +46,7 @@ class Found:
     first: Case | None = None
     tried: int = 0
     shrink_s: float = 0.0
+    remembered: bool = False
 
 
 def search(
@@ -75,6 +77,7 @@ def search(
     name = f"tpcheck/{key}".encode()
     hunt = _Hunt(judge, known)
     failing = _remembered(hunt, store, name)
+    remembered = failing is not None
     if failing is None and hunt.mistake is None:
         settings = hypothesis.settings(
             max_examples=limit,
@@ -96,7 +99,7 @@ def search(
         raise hunt.mistake
     if failing is not None and store is not None:
         store.save(name, failing.id.encode())
-    return Found(tuple(hunt.passed), failing, hunt.first, hunt.tried, hunt.shrink_s)
+    return Found(tuple(hunt.passed), failing, hunt.first, hunt.tried, hunt.shrink_s, remembered)
 
 
 def _remembered(hunt: _Hunt, store: Any, name: bytes) -> Case | None:

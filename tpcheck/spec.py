@@ -14,30 +14,45 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpcheck.errors import PlanError, TPCheckError
+from tpcheck.quantization import Quantization
 
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rope's frequencies are stretched: "linear" (by factor) or "llama3" (by wavelength)."""
+    """How rope's frequencies are stretched: "linear", or by wavelength "llama3" or "yarn".
+
+    `beta_fast`, `beta_slow` and `truncate` are yarn's, as is `attention_factor`, which multiplies
+    cos and sin; 0 means "derive it from factor".
+    """
 
     rope_type: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "llama3"):
+        if self.rope_type not in ("linear", "llama3", "yarn"):
             raise PlanError(
-                f"rope_scaling: rope_type={self.rope_type!r}, but should be one of linear, llama3"
+                f"rope_scaling: rope_type={self.rope_type!r},"
+                " but should be one of linear, llama3, yarn"
             )
         for field in dataclasses.fields(self)[1:]:
-            _require_positive(f"rope_scaling: {field.name}", getattr(self, field.name))
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise PlanError(
-                f"rope_scaling: low_freq_factor={self.low_freq_factor}, but should be below"
-                f" high_freq_factor={self.high_freq_factor}"
-            )
+            value = getattr(self, field.name)
+            if field.name == "truncate":
+                _require_flag("rope_scaling: truncate", value)
+            elif field.name != "attention_factor" or value != 0:
+                _require_positive(f"rope_scaling: {field.name}", value)
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise PlanError(
+                    f"rope_scaling: {low}={getattr(self, low)}, but should be below"
+                    f" {high}={getattr(self, high)}"
+                )
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> RopeScaling:
@@ -56,13 +71,18 @@ class ModelSpec:
     `head_dim` of 0 and `num_key_value_heads` of 0 mean "derive it", as HF does when the field is
     absent. `qk_norm`: "none", "per_head" (Qwen3) or "across_heads" (OLMo-2). `norm_type`: "rms" or
     "layer". `mlp`: "gated" (SwiGLU family) or "plain" (GPT-2, two linears). `position`: "rope" or
-    "learned". `sliding_window` of 0 means full attention; else it holds in every layer.
+    "learned". `sliding_window` of 0 means full attention; else it holds in every layer, or in those
+    that `layer_types` calls "sliding_attention" and not "full_attention" (one per layer; what is
+    beyond `num_hidden_layers` is cut off). `attention_sinks`: a learned logit per query head takes
+    part in the softmax and gives nothing. `swiglu_limit` above 0 makes the gated MLP gpt-oss's:
+    clamped, and with `swiglu_alpha` inside the sigmoid.
 
     `num_experts` of 0 is a dense model; else every layer's MLP is a router over that many experts,
     `intermediate_size` is what `moe_intermediate_size` of 0 is derived from (Mixtral gives no
     other), `mlp_bias` gives biases to the routed experts only, and
     `shared_expert_intermediate_size` above 0 adds one expert for every token, behind a sigmoid gate
-    (Qwen2-MoE).
+    (Qwen2-MoE). `router_scoring`: shares are a softmax over all experts of which the largest are
+    taken ("softmax_topk"), or one over the largest logits only ("topk_softmax", gpt-oss).
     """
 
     vocab_size: int
@@ -87,11 +107,18 @@ class ModelSpec:
     qk_norm: str = "none"
     tie_word_embeddings: bool = False
     sliding_window: int = 0
+    layer_types: tuple[str, ...] = ()
+    attention_sinks: bool = False
+    swiglu_limit: float = 0.0
+    swiglu_alpha: float = 1.702
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    router_bias: bool = False
+    router_scoring: str = "softmax_topk"
     shared_expert_intermediate_size: int = 0
+    quantization: Quantization | None = None
     model_type: str = "llama"
 
     def __post_init__(self) -> None:
@@ -115,6 +142,10 @@ class ModelSpec:
             raise PlanError(f"head_dim={self.head_dim}, but should be even: rope turns pairs")
         if isinstance(self.rope_scaling, Mapping):
             set_(self, "rope_scaling", RopeScaling.from_fields(self.rope_scaling))
+        if isinstance(self.quantization, Mapping):
+            set_(self, "quantization", Quantization.from_fields(self.quantization))
+        _require_layer_types(self)
+        _require_swiglu(self)
         _require_experts(self)
         if self.num_experts and self.moe_intermediate_size == 0:
             set_(self, "moe_intermediate_size", self.intermediate_size)
@@ -127,11 +158,10 @@ class ModelSpec:
                 raise PlanError(
                     f"{name}={value!r}, but should be a whole number of at least {least}"
                 )
-        for name in ("norm_eps", "rope_theta"):
+        for name in ("norm_eps", "rope_theta", "swiglu_alpha"):
             _require_positive(name, getattr(self, name))
         for name in _FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise PlanError(f"{name}={getattr(self, name)!r}, but should be true or false")
+            _require_flag(name, getattr(self, name))
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise PlanError(
@@ -149,6 +179,11 @@ class ModelSpec:
             return cls(**fields)
         except TypeError as error:
             raise PlanError(f"spec: {str(error).removeprefix('ModelSpec.__init__() ')}") from error
+
+    def window_of(self, layer: int) -> int:
+        """Return how many positions a layer's queries see, their own included; 0 for all."""
+        sliding = not self.layer_types or self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if sliding else 0
 
     def to_fields(self) -> dict[str, Any]:
         """Return the fields as a plain dict, in order of declaration."""
@@ -176,6 +211,8 @@ _FLAGS = (
     "mlp_bias",
     "lm_head_bias",
     "norm_topk_prob",
+    "attention_sinks",
+    "router_bias",
     "tie_word_embeddings",
 )
 _CHOICES = {
@@ -184,14 +221,47 @@ _CHOICES = {
     "mlp": ("gated", "plain"),
     "position": ("rope", "learned"),
     "hidden_act": ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu"),
+    "router_scoring": ("softmax_topk", "topk_softmax"),
 }
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+def _require_layer_types(spec: ModelSpec) -> None:
+    """Make layer_types a tuple of one per layer; raise when they say something that cannot be."""
+    types, layers = spec.layer_types, spec.num_hidden_layers
+    if not isinstance(types, (list, tuple)) or any(one not in LAYER_TYPES for one in types):
+        raise PlanError(
+            f"layer_types={types!r}, but should be a list of {' and '.join(LAYER_TYPES)}"
+        )
+    if types and len(types) < layers:
+        raise PlanError(
+            f"layer_types={list(types)!r}, but should name a kind for each of"
+            f" num_hidden_layers={layers}"
+        )
+    if "sliding_attention" in types and not spec.sliding_window:
+        raise PlanError("sliding_window=0, but should be given: layer_types has sliding_attention")
+    object.__setattr__(spec, "layer_types", tuple(types[:layers]))
+
+
+def _require_swiglu(spec: ModelSpec) -> None:
+    """Raise when a clamp is asked for in an MLP that has none."""
+    limit = spec.swiglu_limit
+    if limit == 0 and not isinstance(limit, bool):
+        return
+    _require_positive("swiglu_limit", limit)
+    for name, needed in (("mlp", "gated"), ("hidden_act", "silu")):
+        if getattr(spec, name) != needed:
+            raise PlanError(
+                f"{name}={getattr(spec, name)!r}, but should be {needed!r} where"
+                f" swiglu_limit={limit}"
+            )
 
 
 def _require_experts(spec: ModelSpec) -> None:
     """Raise when the fields of a mixture of experts contradict each other."""
     chosen, experts = spec.num_experts_per_tok, spec.num_experts
     if experts == 0:
-        for name in (*_EXPERT_SIZES, "norm_topk_prob"):
+        for name in (*_EXPERT_SIZES, "norm_topk_prob", "router_bias"):
             if getattr(spec, name):
                 raise PlanError(
                     f"{name}={getattr(spec, name)!r}, but should be left out where num_experts=0:"
@@ -204,6 +274,11 @@ def _require_experts(spec: ModelSpec) -> None:
         )
     if spec.mlp != "gated":
         raise PlanError(f"mlp={spec.mlp!r}, but should be 'gated' where num_experts={experts}")
+
+
+def _require_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise PlanError(f"{name}={value!r}, but should be true or false")
 
 
 def _require_positive(name: str, value: object) -> None:

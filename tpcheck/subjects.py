@@ -42,7 +42,10 @@ Build = TypeVar("Build", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True)
 class SubjectOptions:
-    """What `@tpcheck.subject` declares; see CONTRACT, the subject."""
+    """What `@tpcheck.subject` declares; see CONTRACT, the subject.
+
+    `unquantized`, not to be declared: the same model before quantization, where that is known.
+    """
 
     vocab_size: int = 0
     seq_len: int = 0
@@ -53,6 +56,7 @@ class SubjectOptions:
     float64: bool = True
     sweep: bool = True
     logits: str = "all"
+    unquantized: SubjectRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +178,7 @@ def resolve(ref: SubjectRef) -> Subject:
         module, _, function = loader.partition(":")
         loaded: Subject = getattr(importlib.import_module(module), function)(str(ref.value))
         return loaded
-    build = _load_callable(ref)
+    build = load_callable(ref)
     options = getattr(build, _MARK, None)
     if not isinstance(options, SubjectOptions):
         raise SubjectError(
@@ -212,7 +216,12 @@ def _parse_name(name: str) -> SubjectRef:
     return SubjectRef("name", location, attr, name)
 
 
-def _load_callable(ref: SubjectRef) -> Callable[..., Any]:
+def load_callable(ref: SubjectRef) -> Callable[..., Any]:
+    """Load what a reference by name, file or pickle stands for, on whichever process this is.
+
+    Raises:
+        SubjectError: nothing is there, or it is not callable.
+    """
     if ref.kind == "pickled":
         build: Callable[..., Any] = pickle.loads(ref.value)  # type: ignore[arg-type]
         return build

@@ -50,6 +50,7 @@ def run(
     sensitivity: bool = False,
     timeout_s: float = 120.0,
     confirm: bool = True,
+    reduction: str = "ring",
     progress: Progress | None = None,
 ) -> Report:
     """Say whether a subject is the same function at every TP degree.
@@ -77,6 +78,8 @@ def run(
         sensitivity: plant faults in the subject and say which of them the checks catch.
         timeout_s: seconds one case may take at one degree.
         confirm: hold failures seen in simulation only against real ranks.
+        reduction: how simulated ranks sum, and what drift is held against: ring, tree, wide,
+            fp32_wire, fp16_wire, fp8_wire, int8_wire, int6_wire or int4_wire; needs backend sim.
         progress: called as (verdicts done, verdicts in all, what is next).
 
     Returns:
@@ -110,16 +113,25 @@ def run(
             timeout_s=positive("timeout", timeout_s),
             until=until or "",
             confirm=confirm,
+            reduction=reduction,
         ),
         options=repro_options(backend, batch, seq_len, atol, rtol, preset),
     )
     seen = Seen()
-    with open_ranks(plan.backend, max(plan.tp_sizes), plan.ranks_per_gpu) as ranks:
+    world = max(plan.tp_sizes)
+    with open_ranks(plan.backend, world, plan.ranks_per_gpu, reduction) as ranks:
         seen.label = ranks.label
-        verdicts_of = _verdicts if plan.cases else generated_verdicts
-        verdicts = tuple(verdicts_of(plan, ranks, seen, progress))
-        report = _report(plan, verdicts, seen)
+        verdicts = tuple(judged(plan, ranks, seen, progress))
+        report = report_of(plan, verdicts, seen)
         return with_sensitivity(report, plan, ranks, progress) if sensitivity else report
+
+
+def judged(
+    plan: RunPlan, ranks: Ranks, seen: Seen, progress: Progress | None
+) -> Iterator[Verdict]:
+    """Yield every verdict of a plan, case by case; `seen` collects what runs leave behind."""
+    verdicts_of = _verdicts if plan.cases else generated_verdicts
+    return verdicts_of(plan, ranks, seen, progress)
 
 
 def _verdicts(
@@ -143,10 +155,13 @@ def _verdicts(
         progress(done, total, "done")
 
 
-def _report(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: Seen) -> Report:
+def report_of(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: Seen) -> Report:
+    """Return the report of a plan's verdicts, with what carried them."""
     facts = environment.collect()
     facts |= {"backend": seen.label, "subject": seen.facts}
     differences = [] if seen.label == "nccl" else [f"backend {seen.label}, not nccl"]
+    if plan.settings.reduction != "ring":
+        differences.append(f"reduction {plan.settings.reduction}, emulated")
     path = Path(seen.label, seen.collectives, not differences, tuple(differences))
     return Report(
         subject=plan.ref.label,

@@ -1,9 +1,9 @@
-"""The reference decoder's experts against transformers' Mixtral, Qwen2-MoE and Qwen3-MoE.
+"""The reference decoder's experts against transformers' Mixtral, Qwen2-MoE, Qwen3-MoE and gpt-oss.
 
 Both read the same files, in each form that save_pretrained writes: one tensor per expert, as on the
-Hub, and transformers 5's own, all experts in one. transformers takes softmax, norms and rope in
-float32 whatever it runs in: that is what 1e-6 allows for, and with its casts widened here what is
-left is rounding.
+Hub, and transformers 5's own, all experts in one (gpt-oss's only form). transformers takes softmax,
+norms and rope in float32 whatever it runs in: that is what 1e-6 allows for, and with its casts
+widened here what is left is rounding.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.groups import single_group
 from tests.models import load_model, make_model
-from tests.reference_jobs import Run, on_ranks
+from tests.reference_jobs import Run, on_ranks, relative_rms
 from tpcheck.errors import IllegalDegreeError, PlanError, SubjectError
 from tpcheck.reference.checkpoint import load_decoder, read_spec
 
@@ -29,6 +29,22 @@ pytest.importorskip("transformers")
 
 HEADS: dict[str, Any] = {"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 8}
 SIZES: dict[str, Any] = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+GPT_OSS: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    **HEADS,
+}
+TIGHT_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+}
 MODELS: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 5, **HEADS},
     "mixtral_window": {
@@ -52,6 +68,16 @@ MODELS: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 36,
         "norm_topk_prob": True,
         "tie_word_embeddings": True,
+    },
+    "gpt_oss": {**GPT_OSS, "sliding_window": 5},
+    "gpt_oss_clamped": {
+        **GPT_OSS,
+        "sliding_window": 3,
+        "layer_types": ["full_attention", "full_attention", "sliding_attention"],
+        "swiglu_limit": 0.5,
+        "swiglu_alpha": 1.2,
+        "attention_bias": False,
+        "rope_parameters": TIGHT_YARN,
     },
 }
 FORMS = ("one_each", "all_in_one")
@@ -77,10 +103,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Get:
 
 def ids(length: int = 17) -> torch.Tensor:
     return torch.randint(0, 101, (2, length), generator=torch.Generator().manual_seed(1))
-
-
-def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def transformers_logits(directory: Path, dtype: torch.dtype) -> torch.Tensor:

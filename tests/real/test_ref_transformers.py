@@ -16,6 +16,7 @@ import torch
 
 from tests.groups import single_group
 from tests.models import MODELS, load_model, make_model
+from tests.reference_jobs import relative_rms
 from tpcheck.reference.checkpoint import Checkpoint, CheckpointWeights, load_decoder, read_spec
 from tpcheck.reference.decoder import build_decoder
 
@@ -60,10 +61,6 @@ def wide_casts() -> Iterator[None]:
         patch.setattr(torch, "arange", arange)
         yield
     assert torch.Tensor.float is true_float
-
-
-def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 def reference_logits(directory: Path, input_ids: torch.Tensor) -> torch.Tensor:

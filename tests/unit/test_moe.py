@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import tpcheck
 from tests.groups import single_group
-from tests.reference_jobs import Reply, Run, on_ranks
+from tests.reference_jobs import Reply, Run, alone, ids_for, on_ranks, relative_rms
 from tpcheck.faults import FAULTS, moe
 from tpcheck.records import FAIL
 from tpcheck.reference.decoder import Decoder, build_decoder
@@ -45,19 +45,10 @@ DEGREES = (2, 3, 4, 8)
 CASES = [(name, size) for name in SPECS for size in DEGREES]
 
 
-def ids_for(spec: ModelSpec, length: int = 7) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randint(0, spec.vocab_size, (2, length), generator=generator)
-
-
-def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-
-
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Reply]:
     """Every spec at TP=1."""
-    return {name: on_ranks(Run(spec, ids_for(spec)), 1)[0] for name, spec in SPECS.items()}
+    return alone(SPECS)
 
 
 # the function

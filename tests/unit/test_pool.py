@@ -67,6 +67,13 @@ def test_parameters_arrays_and_nested_packets_survive_the_wire():
     assert wire.unpack(actual["inner"]).tolist() == [0, 1, 2, 3, 4]
 
 
+def test_a_column_of_one_element_survives_the_wire():
+    sent = torch.arange(6, dtype=torch.int32).view(2, 3)[1:, 1]
+    assert sent.is_contiguous()
+    assert sent.stride() == (3,)
+    assert wire.unpack(wire.pack(sent)).tolist() == [4]
+
+
 def test_payloads_and_results_travel_through_ranks_unchanged(pool):
     for reply in replies(pool, "echo", list(tensors()), size=4):
         for actual, expected in zip(reply, tensors(), strict=True):

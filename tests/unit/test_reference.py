@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.groups import single_group
 from tests.models import GPT2, SMALL
-from tests.reference_jobs import Reply, Run, on_ranks
+from tests.reference_jobs import Reply, Run, alone, ids_for, on_ranks, relative_rms
 from tpcheck.errors import IllegalDegreeError, PlanError, SubjectError
 from tpcheck.hf_config import spec_from_config
 from tpcheck.placement import Replicate
@@ -66,19 +66,10 @@ SPECS = {
 DEGREES = (2, 3, 4, 6, 8, 12, 24)
 
 
-def ids_for(spec: ModelSpec, length: int = 7) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randint(0, spec.vocab_size, (2, length), generator=generator)
-
-
-def relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).square().mean().sqrt() / expected.square().mean().sqrt())
-
-
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Reply]:
     """Every spec at TP=1."""
-    return {name: on_ranks(Run(spec, ids_for(spec)), 1)[0] for name, spec in SPECS.items()}
+    return alone(SPECS)
 
 
 CASES = [
@@ -397,8 +388,11 @@ LLAMA = {"model_type": "llama", **SMALL}
         ({"attention_bias": "yes"}, "attention_bias='yes', but should be true or false"),
         ({"head_dim": 7}, "head_dim=7, but should be even"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, but should be 1.0"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config={'bits': 4}, but should be"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type='yarn', but should be one of default"),
+        ({"quantization_config": {"bits": 4}}, "quant_method=None, but should be one of fp8, gptq"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic"}},
+            "rope_type='dynamic', but should be one of default",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor=0, but should be a positive"),
         ({"rope_scaling": 3}, "rope_scaling=3, but should be one set of parameters"),

@@ -50,6 +50,10 @@ def plan(tp_sizes=(2,), *, ref=REF, spec=None, **given):
         ({"dtypes": "bfloat16"}, "dtypes='bfloat16', but should be several"),
         ({"dtypes": ()}, "dtypes=(), but should be several"),
         ({"cases": 0}, "cases=0, but should be a whole number of at least 1"),
+        (
+            {"settings": Settings(tp_sizes=(), reduction="wide"), "backend": "gloo"},
+            "reduction='wide' is emulated, so it needs backend sim, not gloo",
+        ),
         ({"batch": 0}, "batch=0, but should be a whole number of at least 1"),
         ({"seq_len": -1}, "seq_len=-1, but should be a whole number of at least 1"),
         ({"seed": -1}, "seed=-1, but should be a whole number of at least 0"),
@@ -132,6 +136,16 @@ def test_a_repro_can_be_pasted_whatever_the_path():
     ref = SubjectRef("file", "/a b/it's.py", "build", "/a b/it's.py:build")
     line = repro_line(plan(ref=ref), Case(7, 2, 16), 4, "float16")
     assert shlex.split(line)[2] == "/a b/it's.py:build"
+
+
+def test_a_repro_of_another_reduction_is_python_because_the_command_line_has_none():
+    settings = Settings(tp_sizes=(), reduction="int8_wire")
+    options = repro_options("sim", None, None, None, None, None)
+    line = repro_line(plan(settings=settings, options=options), Case(7, 2, 16), 4, "float16")
+    assert line == (
+        "tpcheck.run('models:build', (4,), dtypes=('float16',), case='s7-b2-t16', backend='sim',"
+        " reduction='int8_wire')"
+    )
 
 
 def test_a_closures_repro_is_python_with_the_same_options():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from hypothesis import strategies as st
 from hypothesis.database import InMemoryExampleDatabase
 
 import tpcheck
+from tpcheck import generated
 from tpcheck import search as searching
 from tpcheck.errors import SubjectError
 from tpcheck.records import FAIL, PASS, Check, Verdict
 from tpcheck.search import failure_kind, search
 from tpcheck.spec import Case, ModelSpec
-from tpcheck.strategies import generated_cases
+from tpcheck.strategies import generated_cases, model_specs
 
 FIELDS = {
     "vocab_size": 11,
@@ -97,6 +100,23 @@ def test_a_found_failure_is_tried_first_next_time():
 
     found = search(cases(), judge, limit=1, seed=99, key="subject", database=database)
     assert tried == [found.failing] == [first.failing]
+    assert (first.remembered, found.remembered) == (False, True)
+
+
+def test_the_verdict_of_a_remembered_failure_says_so(monkeypatch):
+    monkeypatch.setattr(generated, "search", partial(search, database=InMemoryExampleDatabase()))
+
+    @tpcheck.subject(specs=model_specs(2, legal=True, max_layers=1), seq_len=4)
+    def build(tp, spec):
+        embed = tp.weight("embed", spec.vocab_size, 8)
+        return lambda ids: embed[ids] * tp.size
+
+    first, second = (
+        tpcheck.run(build, (2,), backend="sim", confirm=False, cases=3).verdicts[-1].reasons[-1]
+        for _ in range(2)
+    )
+    assert first.startswith("smallest of ")
+    assert second == "remembered from an earlier run (delete .hypothesis to forget)"
 
 
 def test_a_failure_that_was_fixed_is_forgotten():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import tpcheck
 from tests import reference_jobs
 from tests.groups import single_group
-from tests.unit.test_reference import relative_rms
+from tests.reference_jobs import ids_for, relative_rms
 from tpcheck.errors import IllegalDegreeError, PlanError, TPCheckError
 from tpcheck.groups.jobs import Job
 from tpcheck.groups.simulated import SimulatedRanks
@@ -334,11 +334,6 @@ OPTIONS = {
 }
 
 
-def ids_for(spec: ModelSpec, length: int = 5) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randint(0, spec.vocab_size, (2, length), generator=generator)
-
-
 def logits(run: reference_jobs.Run, size: int) -> tuple[torch.Tensor, ...]:
     (result,) = RANKS.run([Job("tests.reference_jobs:logits_job", run, size)])
     if result.failure is not None:
@@ -367,7 +362,7 @@ def test_every_policy_is_the_same_function(
         with pytest.raises(IllegalDegreeError):
             build_decoder(spec, single_group(size=tp_size), policy=policy)
         return
-    run = reference_jobs.Run(spec, ids_for(spec), poison=True, policy=policy)
+    run = reference_jobs.Run(spec, ids_for(spec, 5), poison=True, policy=policy)
     (whole,) = logits(replace(run, policy=STRICT), 1)
     for actual in logits(run, tp_size):
         assert relative_rms(actual, whole) < 1e-12
@@ -408,7 +403,7 @@ def test_placements_and_decoding_hold_for_every_policy(
         "shared_expert_intermediate_size": 9,
     }
     spec = spec_of(heads, kv_heads, **OPTIONS, **(mixture if experts else {}))
-    run = reference_jobs.Run(spec, ids_for(spec), policy=policy, poison=True, poison_with=1e30)
+    run = reference_jobs.Run(spec, ids_for(spec, 5), policy=policy, poison=True, poison_with=1e30)
     replies = reference_jobs.on_ranks(run, tp_size)
     (whole,) = reference_jobs.on_ranks(replace(run, policy=STRICT), 1)
     assert relative_rms(replies[0].decoded, whole.logits) < 1e-12
@@ -446,7 +441,7 @@ def test_a_thousand_generated_specs_are_the_same_function_however_they_are_split
 
 def test_a_policy_that_has_nothing_to_do_changes_no_bit() -> None:
     spec = spec_of(24, 4, vocab_size=24, qk_norm="across_heads")
-    run = reference_jobs.Run(spec, ids_for(spec), dtype=torch.bfloat16)
+    run = reference_jobs.Run(spec, ids_for(spec, 5), dtype=torch.bfloat16)
     for tp_size in (2, 4, 8):
         strict = logits(run, tp_size)[0]
         for policy in (PAD, UNEVEN, UNALIGNED, MHA, SplitPolicy("pad", "unaligned", "uneven", 3)):
@@ -461,7 +456,7 @@ POISONS = (float("nan"), float("inf"), 1e30)
 def test_pads_that_are_not_left_out_are_seen(part: str, poison: float) -> None:
     """The control: a decoder that multiplies with its pads gives other logits."""
     spec = spec_of(5, intermediate_size=13)
-    run = reference_jobs.Run(spec, ids_for(spec), poison=True, poison_with=poison, policy=PAD)
+    run = reference_jobs.Run(spec, ids_for(spec, 5), poison=True, poison_with=poison, policy=PAD)
     (whole,) = logits(replace(run, policy=STRICT), 1)
     right = logits(run, 2)[0]
     assert relative_rms(right, whole) < 1e-12

@@ -20,10 +20,12 @@ from hypothesis.statistics import collector
 import tpcheck
 from tpcheck import run_plan, spec, strategies
 from tpcheck.errors import IllegalDegreeError, PlanError, SubjectError, TPCheckError
+from tpcheck.quantization import FORMATS, Quantization
 from tpcheck.reference.decoder import build_decoder
 from tpcheck.shard_plan import legal_tp_sizes, make_shard_plan
 from tpcheck.spec import ModelSpec, RopeScaling
 from tpcheck.strategies import Point, fill, model_specs, points, quant_blocks
+from tpcheck.strategies.quantizations import ACTIVATION_WAYS, KV_CACHE_WAYS
 
 DEGREES = (2, 3, 4, 6, 8)
 SEARCH = settings(database=None, phases=[Phase.generate, Phase.shrink], max_examples=2000)
@@ -52,7 +54,8 @@ def rules_broken(model: ModelSpec, tp_size: int) -> set[str]:
         make_shard_plan(model, tp_size)
     except IllegalDegreeError as error:
         fields = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-        return {name for name in fields if f"{name}={getattr(model, name)}," in str(error)}
+        broken = {name for name in fields if f"{name}={getattr(model, name)}," in str(error)}
+        return broken | ({"quantization"} if "(quantization:" in str(error) else set())
     return set()
 
 
@@ -108,10 +111,10 @@ def test_either_side_means_both() -> None:
 
 @pytest.mark.parametrize("tp_size", DEGREES)
 def test_every_rule_is_broken_alone_and_together(tp_size: int) -> None:
-    models = drawn(model_specs(tp_size, legal=False), 300)
+    models = drawn(model_specs(tp_size, legal=False), 400)
     broken = Counter(frozenset(rules_broken(model, tp_size)) for model in models)
     heads, kv, mlp = "num_attention_heads", "num_key_value_heads", "intermediate_size"
-    for rules in ({heads}, {kv}, {mlp}, {heads, mlp}, {kv, mlp}):
+    for rules in ({heads}, {kv}, {mlp}, {heads, mlp}, {kv, mlp}, {"quantization"}):
         assert broken[frozenset(rules)] >= 10, (rules, broken)
 
 
@@ -165,6 +168,8 @@ KEPT_AT_DEFAULT = {
     "num_experts_per_tok",
     "moe_intermediate_size",
     "norm_topk_prob",
+    "router_bias",
+    "router_scoring",
     "shared_expert_intermediate_size",
     "model_type",
     "max_position_embeddings",
@@ -179,8 +184,8 @@ def test_every_field_of_a_spec_varies_or_is_known_not_to() -> None:
         if len({getattr(model, field.name) for model in models}) > 1
     }
     assert varied == {field.name for field in dataclasses.fields(ModelSpec)} - KEPT_AT_DEFAULT
-    for name, choices in spec._CHOICES.items():
-        assert {getattr(model, name) for model in models} == set(choices)
+    for name in set(spec._CHOICES) - KEPT_AT_DEFAULT:
+        assert {getattr(model, name) for model in models} == set(spec._CHOICES[name])
     for name in set(spec._FLAGS) - KEPT_AT_DEFAULT:
         share = sum(getattr(model, name) for model in models) / len(models)
         assert 0.25 < share < 0.75, name
@@ -188,6 +193,7 @@ def test_every_field_of_a_spec_varies_or_is_known_not_to() -> None:
         None,
         "linear",
         "llama3",
+        "yarn",
     }
     assert not any(model.rope_scaling for model in models if model.position == "learned")
 
@@ -256,6 +262,73 @@ def test_blocks_reach_odd_counts_small_shards_and_published_dims() -> None:
     assert max(block.dim for block in drawn(quant_blocks(2, max_dim=64), 200)) <= 64
 
 
+# Quantizations.
+
+
+SPEC = ModelSpec(64, 64, 96, 1, 8, 4)
+
+
+def test_every_option_of_every_format_is_drawn() -> None:
+    every = strategies.quantizations(activations=ACTIVATION_WAYS, kv_caches=KV_CACHE_WAYS)
+    found = drawn(every, 2500)
+    for field in dataclasses.fields(Quantization):
+        assert len({getattr(one, field.name) for one in found}) > 1, field.name
+    assert {one.format for one in found} == set(FORMATS)
+    assert {one.kv_cache for one in found} == set(KV_CACHE_WAYS)
+    for name in FORMATS:
+        mine = [one for one in found if one.format == name]
+        assert {one.fused for one in mine} == {False, True}
+        assert any(one.skip for one in mine)
+        published = {"mxfp4": 32, "nvfp4": 16}.get(name, 128)
+        assert {published, 3, 12} <= {one.group_size for one in mine}
+        if name in ("gptq", "awq", "pack-quantized"):
+            assert 0 in {one.group_size for one in mine}, "-1: one group for all features"
+            assert {one.symmetric for one in mine} == {False, True}
+        if name in ("gptq", "pack-quantized"):
+            assert {one.desc_act for one in mine} == {False, True}
+            assert {one.bits for one in mine} == {4, 8}
+        if name in ("fp8", "int8", "mxfp4"):
+            assert {one.activations for one in mine} == set(ACTIVATION_WAYS)
+        if name in ("fp8", "int8"):
+            blocks = {(one.block_rows, one.group_size) for one in mine}
+            assert {(1, 0), (0, 0), (128, 128), (8, 8), (4, 8), (64, 64)} <= blocks
+
+
+@pytest.mark.parametrize("legal", [True, False])
+@pytest.mark.parametrize("tp_size", [2, 4, (2, 4)])
+@pytest.mark.parametrize("format_", FORMATS)
+def test_a_quantization_is_on_the_side_of_the_plan_that_was_asked_for(
+    format_: str, tp_size: int | tuple[int, ...], legal: bool
+) -> None:
+    sizes = tp_size if isinstance(tp_size, tuple) else (tp_size,)
+    for one in drawn(strategies.quantizations(SPEC, tp_size, legal, formats=[format_]), 40):
+        assert one.format == format_
+        model = dataclasses.replace(SPEC, quantization=one)
+        assert all((not rules_broken(model, size)) == legal for size in sizes), one
+
+
+def test_a_third_of_all_models_is_quantized_on_both_sides_and_in_more_than_channels() -> None:
+    for legal in (True, False, None):
+        found = [model.quantization for model in drawn(model_specs(4, legal), 600)]
+        stored = [one for one in found if one is not None]
+        assert 100 < len(stored) < 400
+        counts = Counter(one.format for one in stored)
+        assert min(counts[name] for name in FORMATS) >= 5, counts
+        assert sum(one.group_size > 1 for one in stored) > len(stored) / 2
+        assert sum(one.fused for one in stored) > 15
+        assert sum(bool(one.skip) for one in stored) > 30
+    assert {model.quantization for model in drawn(model_specs(4, quantization=None), 50)} == {None}
+
+
+def test_sizes_follow_a_pinned_quantization() -> None:
+    pinned = {"format": "fp8", "group_size": 128, "block_rows": 128}
+    for legal in (True, False):
+        models = drawn(model_specs(2, legal, quantization=pinned), 60)
+        assert {model.quantization for model in models} == {Quantization(**pinned)}
+        assert all((not rules_broken(model, 2)) == legal for model in models)
+        assert len({model.intermediate_size for model in models}) > 3
+
+
 # Efficiency.
 
 
@@ -265,6 +338,9 @@ EVERY_STRATEGY = {
     "token_counts": strategies.token_counts(8),
     "dtypes": strategies.dtypes(),
     "input_values": strategies.input_values(),
+    "quantizations": strategies.quantizations(),
+    "quantizations legal": strategies.quantizations(SPEC, 4, True),
+    "quantizations illegal": strategies.quantizations(SPEC, (2, 4), False),
     "points None": points(legal=None),
     "points given": points(specs=model_specs(2, legal=True)),
 } | {
@@ -571,6 +647,23 @@ WRONG: dict[str, tuple[Callable[[], object], type[TPCheckError], str]] = {
         TPCheckError,
         "fill: 'huge', but should be one of normal, cancelling, coherent, massive, tiny, ties,"
         " integers",
+    ),
+    "unknown format": (
+        lambda: strategies.quantizations(formats=["q4"]),
+        TPCheckError,
+        "quantizations: formats has 'q4', but should have some of fp8, int8, gptq, awq,"
+        " pack-quantized, mxfp4, nvfp4",
+    ),
+    "a side of no spec": (
+        lambda: strategies.quantizations(legal=True),
+        TPCheckError,
+        "quantizations: legal=True, but spec and tp_size should be given for that",
+    ),
+    "words wider than a shard": (
+        lambda: strategies.quantizations(ModelSpec(64, 16, 12, 1, 2), 2, True, formats=["awq"]),
+        PlanError,
+        "quantizations: tp_size=2, but should be one at which some quantization plans"
+        " [formats=awq]",
     ),
     "values of no dim": (
         lambda: fill("normal", (2,), 0, dim=1),

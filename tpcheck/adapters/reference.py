@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from tpcheck.errors import SubjectError
 from tpcheck.faults import FAULTS, Fault
 from tpcheck.faults.planting import planted_decoder
-from tpcheck.spec import ModelSpec
-from tpcheck.subjects import DEFAULT_SEQ_LEN, Subject, SubjectOptions
+from tpcheck.quantization import Quantization
+from tpcheck.spec import ModelSpec, RopeScaling
+from tpcheck.subjects import DEFAULT_SEQ_LEN, Subject, SubjectOptions, SubjectRef
 
 if TYPE_CHECKING:
     from tpcheck.groups.base import RecordedGroup, TPGroup
@@ -29,6 +30,12 @@ _LLAMA = ModelSpec(
     num_key_value_heads=2,
     max_position_embeddings=64,
 )
+
+_UNQUANTIZED = "llama-small"
+_SMALL = replace(_LLAMA, hidden_size=256, intermediate_size=256, head_dim=32)
+_FP8 = Quantization("fp8", 32, 32, activations="group")
+_INT8 = Quantization("int8", activations="token")
+_FP8_KV = Quantization("fp8", kv_cache="head")
 
 BUILTINS: dict[str, tuple[str, ModelSpec]] = {
     "llama-tiny": ("2 layers, 8 heads over 2 KV heads, SwiGLU, RMSNorm, vocab 131", _LLAMA),
@@ -94,6 +101,44 @@ BUILTINS: dict[str, tuple[str, ModelSpec]] = {
             model_type="qwen2_moe",
         ),
     ),
+    "gpt-oss-tiny": (
+        "attention sinks, window in every other layer, yarn, 8 experts with biases and a clamp",
+        replace(
+            _LLAMA,
+            head_dim=16,
+            norm_eps=1e-5,
+            attention_bias=True,
+            attention_out_bias=True,
+            attention_sinks=True,
+            sliding_window=5,
+            layer_types=("sliding_attention", "full_attention"),
+            rope_theta=150000.0,
+            rope_scaling=RopeScaling(
+                "yarn", 32.0, original_max_position_embeddings=16, truncate=False
+            ),
+            num_experts=8,
+            num_experts_per_tok=2,
+            moe_intermediate_size=48,
+            mlp_bias=True,
+            router_bias=True,
+            router_scoring="topk_softmax",
+            swiglu_limit=7.0,
+            model_type="gpt_oss",
+        ),
+    ),
+    _UNQUANTIZED: ("as llama-tiny, 256 wide: what the quantized ones are made of", _SMALL),
+    **{
+        f"{name}-small": (f"{_UNQUANTIZED} in {description}", replace(_SMALL, quantization=how))
+        for name, description, how in (
+            ("fp8", "e4m3, blocks of 32 x 32, activations in groups of 32", _FP8),
+            ("int8", "int8, a scale per channel, activations per token", _INT8),
+            ("gptq", "4 bits, groups of 32, act-order", Quantization("gptq", 32, desc_act=True)),
+            ("awq", "4 bits, groups of 32, zero points", Quantization("awq", 32, symmetric=False)),
+            ("mxfp4", "4-bit floats, blocks of 32", Quantization("mxfp4", 32)),
+            ("nvfp4", "4-bit floats, blocks of 16 and a scale of them", Quantization("nvfp4", 16)),
+            ("fp8-kv", "e4m3 per channel, KV cache in e4m3 with a scale per head", _FP8_KV),
+        )
+    },
 }
 
 
@@ -121,9 +166,13 @@ def load_builtin(name: str) -> Subject:
                 f"builtin:{name}: there is no fault {fault_name!r}; there is {', '.join(FAULTS)}"
             )
         spec = replace(spec, **fault.needs)
-        if fault.accepts is not None:
+        if fault.caught_by == "plan":
             return _accepting(f"builtin:{name}", spec, fault)
-    return Subject(f"builtin:{name}", partial(_build_generated, spec, fault), _options(spec))
+    options = _options(spec)
+    if spec.quantization is not None and fault is None:
+        before = SubjectRef("builtin", _UNQUANTIZED, label=f"builtin:{_UNQUANTIZED}")
+        options = replace(options, unquantized=before)
+    return Subject(f"builtin:{name}", partial(_build_generated, spec, fault), options)
 
 
 def load_directory(directory: str) -> Subject:

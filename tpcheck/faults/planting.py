@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tpcheck.errors import SubjectError
+from tpcheck.shard_plan import STRICT, SplitPolicy
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,8 @@ class Fault:
     it takes to show. min_tp: the smallest degree at which it does anything. drift: whether drift
     alone sees it at every degree, in all dtypes or in those named; where it need not, `reason` says
     why. dtypes: the deployed dtypes in which it shows, all when empty. accepts: for a plan that
-    accepts what it should refuse, the spec that is run in place of the illegal one.
+    accepts what it should refuse, the spec that is run in place of the illegal one. policy: or how
+    the illegal one is split.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Fault:
     reason: str = ""
     dtypes: tuple[str, ...] = ()
     accepts: Accepts | None = None
+    policy: SplitPolicy = STRICT
 
     def drift_sees(self, dtype: str) -> bool:
         """Say whether drift alone has to see it in a deployed dtype."""
@@ -118,7 +121,8 @@ def planted_decoder(spec: ModelSpec, fault: Fault | None, tp: TPGroup) -> Decode
 
     if fault is None or tp.size == 1:
         return build_decoder(spec, tp)
-    decoder = build_decoder(fault.accepts(spec, tp.size) if fault.accepts else spec, tp)
+    accepted = fault.accepts(spec, tp.size) if fault.accepts else spec
+    decoder = build_decoder(accepted, tp, policy=fault.policy)
     fault.plant(decoder, tp)
     return decoder
 

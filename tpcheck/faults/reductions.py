@@ -1,4 +1,8 @@
-"""Sums over ranks that are missing, doubled, averaged, or carry what they should not."""
+"""Sums over ranks that are missing, doubled, averaged, or carry what they should not.
+
+Those at the end travel in less than the activations' dtype (numerics/low_precision.py), which a
+float64 run does not: what they lose is drift.
+"""
 
 from __future__ import annotations
 
@@ -111,3 +115,59 @@ def tail_not_reduced(decoder: Decoder, tp: TPGroup) -> None:
         return whole.view(y.shape)
 
     reduce_with(decoder.layers[0].mlp.down_proj, all_reduce)
+
+
+@fault(
+    "NVIDIA/TensorRT-LLM#3851",
+    "partials travel as float8 where the activations' dtype was declared",
+    "drift",
+)
+def float8_wire(decoder: Decoder, tp: TPGroup) -> None:
+    for layer in decoder.layers:
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            reduce_with(module, lambda y: _over(tp, "fp8_wire", y))
+
+
+@fault(
+    "vllm-project/vllm#19744",
+    "partials travel in blocks of int4 where a wide sum was declared",
+    "drift",
+    dtypes=("bfloat16", "float16"),
+)
+def int4_wire(decoder: Decoder, tp: TPGroup) -> None:
+    for layer in decoder.layers:
+        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            reduce_with(module, lambda y: _over(tp, "int4_wire", y))
+
+
+@fault(
+    "sgl-project/sglang#34473",
+    "bfloat16 partials above 65504 travel as float16, which does not saturate",
+    "drift",
+    dtypes=("bfloat16",),
+)
+def float16_wire_overflow(decoder: Decoder, tp: TPGroup) -> None:
+    scale = 2.0**21  # the largest then are what gpt-oss has, 3e5
+    reduce_with(
+        decoder.layers[0].mlp.down_proj, lambda y: _over(tp, "fp16_wire", y * scale) / scale
+    )
+
+
+@fault(
+    "sgl-project/sglang#40084",
+    "blocks of int8 whose maximum is below 2e-3: float16 cannot hold the inverse of their scale",
+    "drift",
+    dtypes=("bfloat16",),
+)
+def small_blocks_shrink(decoder: Decoder, tp: TPGroup) -> None:
+    scale = 2.0**-9  # blocks then have maxima of 1e-4 to 1e-3
+    reduce_with(
+        decoder.layers[0].mlp.down_proj, lambda y: _over(tp, "int8_wire", y * scale) / scale
+    )
+
+
+def _over(tp: TPGroup, kind: str, y: torch.Tensor) -> torch.Tensor:
+    """Sum over the ranks as a reduction of this kind does, whatever the group's own is."""
+    from tpcheck.numerics.reduction import reduce_sum
+
+    return reduce_sum(list(tp.all_gather(y[None], 0).unbind(0)), kind)

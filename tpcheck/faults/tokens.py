@@ -126,7 +126,7 @@ def rope_theta(decoder: Decoder, tp: TPGroup) -> None:
 )
 def window_ignored(decoder: Decoder, tp: TPGroup) -> None:
     for layer in decoder.layers:
-        layer.self_attn.spec = replace(decoder.spec, sliding_window=0)
+        layer.self_attn.spec = replace(decoder.spec, sliding_window=0, layer_types=())
 
 
 @fault(

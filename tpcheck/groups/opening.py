@@ -23,15 +23,19 @@ MAX_RANKS = 64
 
 
 @contextmanager
-def open_ranks(backend: str, size: int, ranks_per_gpu: int | None) -> Iterator[Ranks]:
+def open_ranks(
+    backend: str, size: int, ranks_per_gpu: int | None, reduction: str = "ring"
+) -> Iterator[Ranks]:
     """Yield ranks of a backend that can hold `size`; real ones stay warm for the session.
+
+    Only simulated ranks can be told how to reduce.
 
     Raises:
         BackendError: the backend cannot hold that many ranks here.
     """
     chosen = chosen_backend(backend, size, ranks_per_gpu)
     if chosen == "sim":
-        simulated = SimulatedRanks()
+        simulated = SimulatedRanks(reduction)
         try:
             yield simulated
         finally:

@@ -38,6 +38,7 @@ from tpcheck.groups.simulated_failures import (
 )
 from tpcheck.groups.thread_state import Neutral, ThreadState, neutral
 from tpcheck.groups.weights import MemoryStore, WeightSource, WeightStore
+from tpcheck.numerics.probed_reduction import ProbedReduction
 from tpcheck.numerics.reduction import KINDS, reduce, reduce_sum
 from tpcheck.trace import Collective
 
@@ -52,13 +53,16 @@ Combine = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 class SimulatedRanks:
-    """Run jobs on simulated ranks, one job after the other. Reductions are of the given kind."""
+    """Run jobs on simulated ranks, one job after the other. Reductions are of the given kind.
+
+    `reduction` is one of KINDS, or a reduction that was probed: the bits of another machine.
+    """
 
     label = "sim"
     max_size = _MAX_SIZE
 
-    def __init__(self, reduction: str = "ring") -> None:
-        if reduction not in KINDS:
+    def __init__(self, reduction: str | ProbedReduction = "ring") -> None:
+        if not isinstance(reduction, ProbedReduction) and reduction not in KINDS:
             raise BackendError(
                 f"backend sim: reduction={reduction!r}, but should be one of {', '.join(KINDS)}"
             )
@@ -120,7 +124,7 @@ class _Refusal:
 class _Session:
     """One job: runs the ranks in turn until all have returned or one has failed."""
 
-    def __init__(self, job: Job, store: WeightStore, reduction: str) -> None:
+    def __init__(self, job: Job, store: WeightStore, reduction: str | ProbedReduction) -> None:
         module, _, name = job.function.partition(":")
         self.function: Callable[..., Any] = getattr(importlib.import_module(module), name)
         self.job = job

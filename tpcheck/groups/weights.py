@@ -192,8 +192,7 @@ class WeightSource:
         return tensor.to(self.weight_dtype).to(self.dtype)
 
     def _make(self, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
-        digest = hashlib.blake2b(f"{self.seed}\0{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        generator = keyed_generator(f"{self.seed}\0{name}")
         values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         return values.mul_(std).to(self.weight_dtype)
 
@@ -206,6 +205,15 @@ class WeightSource:
                     f"weight {name!r}: shape={shape}, but should be whole sizes >= 0"
                 )
         return shape
+
+
+def keyed_generator(key: str) -> torch.Generator:
+    """Return a generator seeded by BLAKE2b of `key`: the same on every rank and in every process.
+
+    The scripts of `tpcheck.repro` stand alone and so say it again.
+    """
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _default_std(shape: tuple[int, ...]) -> float:

@@ -194,7 +194,9 @@ class _Pickler(pickle.Pickler):
         if obj.layout is not torch.strided or obj.is_meta or obj.is_quantized:
             return NotImplemented
         plain = obj.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        raw: Any = plain.view(-1).view(torch.uint8).numpy()
+        # a tensor of one element is contiguous whatever its strides are, and its view keeps them
+        flat = plain.as_strided((plain.numel(),), (1,))
+        raw: Any = flat.view(torch.uint8).numpy()
         is_parameter = type(obj) is torch.nn.Parameter
         fields = (obj.dtype, tuple(obj.shape), obj.requires_grad, is_parameter)
         return _rebuild_tensor, (pickle.PickleBuffer(raw), *fields)

@@ -18,7 +18,10 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-KINDS = ("ring", "tree", "wide", "fp32_wire")
+from tpcheck.numerics.low_precision import LOW_PRECISION, carried_as, sum_over_wire
+from tpcheck.numerics.probed_reduction import ProbedReduction
+
+KINDS = ("ring", "tree", "wide", "fp32_wire", *LOW_PRECISION)
 
 _MAX_SEGMENT_BYTES = 1 << 20
 _ROTATED_CHUNK_BYTES = 1 << 14
@@ -29,7 +32,9 @@ Fold = Callable[[Sequence[Tensor]], Tensor]
 """Combine operands of one shape, in order, into a new tensor."""
 
 
-def reduce(tensors: Sequence[Tensor], op: str = "sum", kind: str = "ring") -> Tensor:
+def reduce(
+    tensors: Sequence[Tensor], op: str = "sum", kind: str | ProbedReduction = "ring"
+) -> Tensor:
     """Reduce the ranks' tensors as an all-reduce of this kind would.
 
     `avg` is the sum divided by the world afterwards, as on Gloo; integers have no average there.
@@ -38,13 +43,13 @@ def reduce(tensors: Sequence[Tensor], op: str = "sum", kind: str = "ring") -> Te
     Args:
         tensors: one per rank, in rank order, equal shapes and dtypes; left alone.
         op: sum, avg, max or min.
-        kind: one of KINDS.
+        kind: one of KINDS, or a reduction that was probed.
 
     Returns:
         A new contiguous tensor of the shape and dtype of the operands.
 
     Raises:
-        ValueError: the op or kind is unknown.
+        ValueError: the op or kind is unknown, or such a message was not probed.
 
     Source: torch ProcessGroupGloo (AVG is SUM, then div_); gloo/math.h (std::max(own, received)).
         Measured: tests/real/test_gloo_bits.py.
@@ -55,35 +60,45 @@ def reduce(tensors: Sequence[Tensor], op: str = "sum", kind: str = "ring") -> Te
         return reduce_sum(tensors, kind).div_(len(tensors))
     if op not in _FOLDS:
         raise ValueError(f"reduce: op={op!r}, but should be sum, avg, max or min")
-    _require_kind(kind)
+    if not isinstance(kind, ProbedReduction):
+        _require_kind(kind)
     return _ring(tensors, _FOLDS[op])
 
 
-def reduce_sum(tensors: Sequence[Tensor], kind: str = "ring") -> Tensor:
+def reduce_sum(tensors: Sequence[Tensor], kind: str | ProbedReduction = "ring") -> Tensor:
     """Sum the ranks' tensors as an all-reduce of this kind would.
 
     ring: Gloo's order and chunks, rounded to the dtype after each add. tree: balanced pairs of
     neighbours, rounded likewise; an odd one moves up. wide: one float32 accumulator (float64 for
     float32 and float64 operands) in rank order, rounded once. fp32_wire: operands cast to float32
-    (float64 stays), summed by the ring, rounded once. Integers are exact, and wrap, in every kind.
+    (float64 stays), summed by the ring, rounded once. The kinds of LOW_PRECISION quantize what they
+    send, see numerics/low_precision.py; dtypes that they do not take, float64 and integers among
+    them, are summed by the ring. Integers are exact, and wrap, in every kind.
 
     Args:
         tensors: one per rank, in rank order, equal shapes and dtypes; left alone.
-        kind: one of KINDS.
+        kind: one of KINDS, or a reduction that was probed.
 
     Returns:
         A new contiguous tensor of the shape and dtype of the operands.
 
     Raises:
-        ValueError: the kind is unknown.
+        ValueError: the kind is unknown, or such a message was not probed.
 
     Source: ring: gloo/allreduce.cc, `ring`, bit-exact (measured: tests/real/test_gloo_bits.py).
         tree: recursive doubling, as Open MPI sums small messages. wide: NCCL's NVLS and
         symmetric kernels, vLLM's custom all-reduce.
     """
+    if isinstance(kind, ProbedReduction):
+        return kind.sum(tensors)
+    kind = carried_as(kind, tensors[0].dtype)
     if kind == "ring" and len(tensors) != 2:
         return _ring(tensors, _fold_sum)
     _require_kind(kind)
+    if kind in LOW_PRECISION:
+        if len(tensors) > 1 and tensors[0].numel():
+            return sum_over_wire(tensors, kind)
+        return _ring(tensors, _fold_sum)  # nothing is sent
     if kind == "tree" or (kind == "ring" and len(tensors) == 2):  # one add has one order
         return _sum_pairs(tensors)[-1].contiguous()
     dtype = tensors[0].dtype
@@ -98,8 +113,9 @@ def sum_nodes(tensors: Sequence[Tensor], kind: str = "ring") -> list[Tensor]:
 
     These are the nodes of the sigma law: expected error^2, in units of the TP=1 error, is
     (sum over ranks of |partial|^2 + sum over nodes of |partial sum|^2) / |total|^2; the ranks' own
-    terms fall away for fp32_wire, whose operands are not rounded. `wide` and `fp32_wire` round
-    once, so their only node is the total. Ring nodes are elementwise: an element's k-th node
+    terms fall away for fp32_wire, whose operands are not rounded. `wide`, `fp32_wire` and the
+    low-precision wires round to that dtype once, so their only node is the total; what those wires
+    cost besides is `wire_error`. Ring nodes are elementwise: an element's k-th node
     follows the order of its own chunk.
 
     Args:
@@ -114,16 +130,24 @@ def sum_nodes(tensors: Sequence[Tensor], kind: str = "ring") -> list[Tensor]:
 
     Source: error analysis of recursive summation, Higham 2002, section 4.2, per node of the tree.
     """
+    return [node for _, node in sum_steps(tensors, kind)]
+
+
+def sum_steps(tensors: Sequence[Tensor], kind: str = "ring") -> list[tuple[list[Tensor], Tensor]]:
+    """Return the operands and the partial sum of every node that `sum_nodes` returns."""
     _require_kind(kind)
     exact = [x.double() for x in tensors]
     if kind == "tree":
-        return _sum_pairs(exact)
+        return _pair_steps(exact) or [(exact, exact[0].clone())]
     if kind != "ring" or len(exact) == 1 or exact[0].numel() == 0:
-        return [_fold_sum(exact)]
+        return [(exact, _fold_sum(exact))]
     count, shape = exact[0].numel(), exact[0].shape
     chunk = ring_chunk(count, tensors[0].element_size(), len(tensors))
-    terms = _rotated([x.reshape(-1) for x in exact], chunk)
-    return [node.reshape(-1)[:count].reshape(shape) for node in accumulate(terms)][1:]
+    rotated = _rotated([x.reshape(-1) for x in exact], chunk)
+    terms = [term.reshape(-1)[:count].reshape(shape) for term in rotated]
+    sums = list(accumulate(terms))
+    steps = zip(sums[:-1], terms[1:], sums[1:], strict=True)
+    return [([before, term], node) for before, term, node in steps]
 
 
 @lru_cache(maxsize=4096)
@@ -209,13 +233,18 @@ _FOLDS: dict[str, Fold] = {"max": _fold_max, "min": _fold_min}
 
 def _sum_pairs(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return every sum of a balanced tree over the tensors, the total last."""
-    nodes: list[Tensor] = []
+    return [node for _, node in _pair_steps(tensors)] or [tensors[0].clone()]
+
+
+def _pair_steps(tensors: Sequence[Tensor]) -> list[tuple[list[Tensor], Tensor]]:
+    steps: list[tuple[list[Tensor], Tensor]] = []
     level = list(tensors)
     while len(level) > 1:
-        sums = [a + b for a, b in zip(level[::2], level[1::2], strict=False)]
-        nodes += sums
+        pairs = [[a, b] for a, b in zip(level[::2], level[1::2], strict=False)]
+        sums = [a + b for a, b in pairs]
+        steps += zip(pairs, sums, strict=True)
         level = sums + level[2 * len(sums) :]
-    return nodes or [level[0].clone()]
+    return steps
 
 
 def _accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,6 @@ so counts are compared between degrees and never judged here.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcheck.errors import SubjectError
-from tpcheck.groups.weights import NamedLoader, WeightSource
+from tpcheck.groups.weights import NamedLoader, WeightSource, keyed_generator
 from tpcheck.observation.dispatch import half_ulp_noise
+from tpcheck.observation.dispatch_mode import PlainMode
 
 
 class Consumption:
@@ -79,14 +78,10 @@ class Consumption:
             self._counts[name] = self._counts.get(name, 0) + int(used)
 
 
-class _Reads(TorchDispatchMode):
+class _Reads(PlainMode):
     def __init__(self, consumption: Consumption) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._consumption = consumption
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch wraps every op in a lazily imported, slow dynamo guard
 
     def __torch_dispatch__(
         self,
@@ -112,8 +107,7 @@ def one_ulp_off(
     def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.dtype.is_floating_point:
             return tensor
-        digest = hashlib.blake2b(f"{seed}\0ulp\0{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        generator = keyed_generator(f"{seed}\0ulp\0{name}")
         ulps = torch.randint(-1, 2, tensor.shape, generator=generator)
         stored = tensor.to("cpu", torch.float64) * (1 + step * ulps)
         return stored.to(weight_dtype).to(tensor)

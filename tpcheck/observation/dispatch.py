@@ -7,18 +7,24 @@ belongs in the schedule. A dispatch mode sees all three in code nobody here wrot
 
 [Noise Floor] A narrowing op's result is moved by up to half an ulp of the narrow dtype, at random,
 in a second run; the response of the output is what rounding at those casts can do to it.
+
+[Codes] A cast to 8 bits, or a rounding to integers, is a quantizer: part of the function. What it
+gives is a code, the same at every degree except where a value lies between two codes, and how often
+that is follows from what is moved before it. Moving codes themselves would declare every bug
+smaller than a quantum to be noise. Only a cast to 8 bits that TP=1 does not make is a rounding: of
+what the ranks send each other.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcheck.groups.base import Recorder
+from tpcheck.observation.dispatch_mode import PlainMode
 from tpcheck.trace import NarrowCast
 
 _CHOICES = {"aten::topk", "aten::argmax", "aten::max.dim"}
@@ -44,10 +50,16 @@ _EXACT = {
         "cat clone stack embedding gather index.Tensor index_select where.self masked_fill.Scalar"
         " masked_fill.Tensor repeat constant_pad_nd neg relu abs zeros_like ones_like full_like"
         " new_zeros new_ones new_full new_empty empty_like zeros ones full empty.memory_format"
-        " arange arange.start scalar_tensor triu tril _unsafe_view"
+        " arange arange.start scalar_tensor triu tril _unsafe_view clamp clamp_min clamp_max amax"
+        " amin maximum minimum sign"
     ).split()
 }
 """Ops that move or make values without rounding them."""
+
+_TO_INTEGERS = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc"}
+
+CastKey = tuple[str, str, str]
+"""The module's FQN, the source dtype, the target dtype."""
 
 
 class Choice:
@@ -107,7 +119,7 @@ class Choice:
         return imposed
 
 
-class Watch(TorchDispatchMode):
+class Watch(PlainMode):
     """See, and where asked change, what a forward does.
 
     Args:
@@ -115,6 +127,7 @@ class Watch(TorchDispatchMode):
         wanted: the dtype the subject was asked to compute in; whatever it computes in a narrower
             one counts as a cast, because code may hold its weights in float32 from the start.
         perturb: a generator; narrowing results are moved by up to half an ulp with it.
+        codes: the quantizers of TP=1, where this is another degree: [Codes].
         pinned: choices of a reference forward, in order; top-k returns these indices instead.
         rank: whose piece of them, where this rank chooses for its own tokens only.
     """
@@ -125,24 +138,23 @@ class Watch(TorchDispatchMode):
         *,
         wanted: torch.dtype | None = None,
         perturb: torch.Generator | None = None,
+        codes: Collection[CastKey] | None = None,
         pinned: Sequence[Choice] | None = None,
         rank: int = 0,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.choices: list[Choice] = []
         self.unpinned = 0
         self._recorder = recorder
         self._wanted = wanted
         self._perturb = perturb
+        self._known_codes = codes
         self._pinned = pinned
         self._rank = rank
-        self._casts: dict[tuple[str, str, str], int] = {}
+        self._casts: dict[CastKey, int] = {}
+        self.codes: dict[CastKey, None] = {}
         self._open = False
         self._logged = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch wraps every op in a lazily imported, slow dynamo guard
 
     @property
     def casts(self) -> tuple[NarrowCast, ...]:
@@ -152,7 +164,7 @@ class Watch(TorchDispatchMode):
     @property
     def saw_something(self) -> bool:
         """Whether this forward cast, chose, or called torch.distributed."""
-        return bool(self._casts or self.choices or self._logged)
+        return bool(self._casts or self.codes or self.choices or self._logged)
 
     def __torch_dispatch__(
         self,
@@ -186,9 +198,11 @@ class Watch(TorchDispatchMode):
             return result
         widest = _widest(args)
         source = widest or result.dtype
+        if self._is_code(func, source, result.dtype):
+            return result
         cast = widest is not None and _eps(result.dtype) > _eps(widest)
         narrow = self._wanted is not None and _eps(result.dtype) > _eps(self._wanted)
-        if not cast and (not narrow or func.name() in _EXACT or _is_view(func)):
+        if not cast and (not narrow or _plain_name(func) in _EXACT or _is_view(func)):
             return result
         key = (self._recorder.fqn, _name(source), _name(result.dtype))
         self._casts[key] = self._casts.get(key, 0) + 1
@@ -196,6 +210,19 @@ class Watch(TorchDispatchMode):
             return result
         moved = half_ulp_noise(result, self._perturb)
         return result.copy_(moved) if _writes(func) else moved
+
+    def _is_code(self, func: Any, source: torch.dtype, target: torch.dtype) -> bool:
+        """Note a quantizer and say that it is one: [Codes]."""
+        if _plain_name(func) in _TO_INTEGERS:
+            self.codes[(self._recorder.fqn, _name(source), "integers")] = None
+            return True
+        if target.itemsize > 1 or source == target:
+            return False
+        key = (self._recorder.fqn, _name(source), _name(target))
+        if self._known_codes is not None and key not in self._known_codes:
+            return False
+        self.codes[key] = None
+        return True
 
     def _choose(
         self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -257,6 +284,14 @@ def _is_view(func: Any) -> bool:
 @functools.cache
 def _writes(func: Any) -> bool:
     return any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns)
+
+
+@functools.cache
+def _plain_name(func: Any) -> str:
+    """Return an op's name without what says that it writes into its operand: `aten::round`."""
+    name: str = func.name()
+    op, dot, overload = name.partition(".")
+    return op.removesuffix("_") + dot + overload
 
 
 def _name(dtype: torch.dtype) -> str:

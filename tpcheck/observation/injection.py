@@ -9,31 +9,40 @@ rest of the model, masks and nonlinearities are then all in, without a formula.
 [Injected Noise] One rounding to nearest of x leaves an error of rms 0.424 u |x| (u = eps/2; uniform
 error over a binade). TP=1 rounds the sum once; TP=N rounds every partial and every partial sum, so
 the extra variance per element is (0.424 u)^2 (sum of squared partials and node sums - sum^2).
+A low-precision wire adds the error of its ideal codec (numerics/low_precision.py). What such a wire
+loses by saturation is not injected, so it is not explained away.
 Source: probabilistic rounding analysis, Higham & Mary 2019; the law held against measurements.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from tpcheck.groups.base import Interceptor, RecordedGroup
+from tpcheck.numerics.drift import ROUNDING_RMS
+from tpcheck.numerics.low_precision import carried_as, float16_energy, wire_error
 from tpcheck.numerics.reduction import sum_nodes
+from tpcheck.numerics.ulp import eps
 from tpcheck.trace import Collective
-
-ROUNDING_RMS = 0.424
-"""Rms of one rounding, in units of u times the value's magnitude."""
 
 _SUMS = ("all_reduce", "reduce_scatter")
 
 
-def reduction_noise(dtype: str, kind: str, seed: int) -> Interceptor:
+def reduction_noise(dtype: str, kind: str, seed: int, wire: str = "") -> Interceptor:
     """Return an interceptor that adds to each sum over ranks what rounding to `dtype` costs.
 
     Every rank draws the same noise, because every rank gets the same result of a real reduction.
+
+    Args:
+        wire: the dtype that partials are cast to and added in, where it is not `dtype`; the kinds
+            of numerics/low_precision.py bring a wire of their own.
     """
-    unit = torch.finfo(getattr(torch, dtype)).eps / 2 * ROUNDING_RMS
+    unit = eps(dtype) / 2 * ROUNDING_RMS
+    finer = (eps(wire or dtype) / eps(dtype)) ** 2
+    deployed = getattr(torch, dtype)
+    carried = carried_as(kind, deployed)
 
     def intercept(
         group: RecordedGroup,
@@ -45,14 +54,31 @@ def reduction_noise(dtype: str, kind: str, seed: int) -> Interceptor:
         if group.size == 1 or call.op not in _SUMS or call.detail in ("max", "min"):
             return result
         partials = list(group._all_gather(x.unsqueeze(0), 0).to(torch.float64).unbind(0))
-        nodes = sum_nodes(partials, kind)
-        energy = sum(p.square() for p in partials) + sum(node.square() for node in nodes)
-        extra = (energy - nodes[-1].square()).clamp_min(0).sqrt()
+        nodes = sum_nodes(partials, carried)
+        energy = _extra_energy(partials, nodes, finer)
+        extra = (energy + float16_energy(partials, carried, deployed)).clamp_min(0).sqrt()
         generator = torch.Generator().manual_seed(seed * 7919 + call.sequence)
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * extra.cpu() * unit
+        noise += wire_error(partials, carried).cpu()
         if call.op == "reduce_scatter":
             dim = int(call.detail.removeprefix("dim="))
             noise = noise.chunk(group.size, dim)[group.rank]
         return result + (noise / (group.size if call.detail == "avg" else 1)).to(x.device, x.dtype)
 
     return intercept
+
+
+def _extra_energy(
+    partials: Sequence[torch.Tensor], nodes: Sequence[torch.Tensor], finer: float
+) -> torch.Tensor:
+    """Return what is rounded at TP=N beyond TP=1's one rounding, as energy in the deployed dtype.
+
+    Args:
+        finer: (wire eps / deployed eps)^2. A coarser wire rounds every partial again, a finer one
+            leaves the total to be rounded as it is at TP=1.
+    """
+    terms = torch.stack([p.square() for p in partials]).sum(0)
+    sums = torch.stack([node.square() for node in nodes]).sum(0)
+    again = terms * finer if finer > 1 else 0.0
+    at_1 = nodes[-1].square() if finer >= 1 else 0.0
+    return terms + again + finer * sums - at_1

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from tpcheck.groups.base import RecordedGroup
+from tpcheck.observation.dispatch_mode import PlainMode
 from tpcheck.trace import Collective
 
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -236,17 +237,13 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-class _OwnCalls(TorchDispatchMode):
+class _OwnCalls(PlainMode):
     """Sends the torch.distributed calls of the subject's own through `intercept`."""
 
     def __init__(self, group: RecordedGroup, intercept: Callable[..., torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._group = group
         self._intercept = intercept
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch wraps every op in a lazily imported, slow dynamo guard
 
     def __torch_dispatch__(
         self,

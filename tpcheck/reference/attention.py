@@ -18,9 +18,10 @@ from torch import nn
 from tpcheck.groups.base import TPGroup
 from tpcheck.reference.cache import Cache
 from tpcheck.reference.layout import attended_places, counted_places
-from tpcheck.reference.linear import ColumnParallelLinear, RowParallelLinear
-from tpcheck.reference.norm import RMSNorm, ShardedRMSNorm, wide
+from tpcheck.reference.linear import ColumnParallelLinear, RowParallelLinear, frozen
+from tpcheck.reference.norm import RMSNorm, ShardedRMSNorm
 from tpcheck.reference.rope import apply_rope
+from tpcheck.reference.rounding import on_grid, wide
 from tpcheck.reference.weights import RankWeights
 from tpcheck.shard_plan import ShardPlan
 from tpcheck.spec import ModelSpec
@@ -57,6 +58,10 @@ class Attention(nn.Module):
                 )
                 for part in "qk"
             )
+        sinks_h = weights.load_optional(f"{name}.sinks")
+        self.sinks_h = None if sinks_h is None else frozen(sinks_h)
+        self.k_scale_k = weights.load_optional(f"{name}.k_scale")
+        self.v_scale_k = weights.load_optional(f"{name}.v_scale")
         self.o_proj = RowParallelLinear(f"{name}.o_proj", weights, tp)
         places = attended_places(spec, plan, tp.rank)
         kv_heads = len(self.k_proj.weight_fD) // spec.head_dim
@@ -72,12 +77,16 @@ class Attention(nn.Module):
         if self.spec.position == "rope":
             q_BhTd = apply_rope(q_BhTd, self.spec, start)
             k_BkSd = apply_rope(k_BkSd, self.spec, start)
+        if self.k_scale_k is not None and self.v_scale_k is not None:
+            k_BkSd = on_grid(k_BkSd, self.k_scale_k[:, None, None], "float8_e4m3fn")
+            v_BkSd = on_grid(v_BkSd, self.v_scale_k[:, None, None], "float8_e4m3fn")
         if cache is not None:
             k_BkSd, v_BkSd = cache.extend(self.layer, k_BkSd, v_BkSd)
         if self.places is not None:
             k_BkSd = k_BkSd.index_select(1, self.places)
             v_BkSd = v_BkSd.index_select(1, self.places)
-        y_BhTd = attend(q_BhTd, k_BkSd, v_BkSd, start=start, window=self.spec.sliding_window)
+        window = self.spec.window_of(self.layer)
+        y_BhTd = attend(q_BhTd, k_BkSd, v_BkSd, start=start, window=window, sinks_h=self.sinks_h)
         return self.o_proj(y_BhTd.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,10 +105,12 @@ def attend(
     *,
     start: int,
     window: int,
+    sinks_h: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return softmax(q k^T / sqrt(d)) v, where query t sits at position start + t.
 
-    A query sees the positions up to its own; with a window only the last `window` of them.
+    A query sees the positions up to its own; with a window only the last `window` of them. A sink
+    is one more score of its head: it takes weight from all positions and has no value to give.
     """
     group = q_BhTd.shape[1] // max(1, k_BkSd.shape[1])
     k_BhSd = k_BkSd.repeat_interleave(group, dim=1)
@@ -110,6 +121,11 @@ def attend(
     hidden_TS = seen > own
     if window:
         hidden_TS |= seen <= own - window
-    weights_BhTS = scores_BhTS.masked_fill(hidden_TS, float("-inf")).softmax(-1)
+    scores_BhTS = scores_BhTS.masked_fill(hidden_TS, float("-inf"))
+    if sinks_h is None:
+        weights_BhTS = scores_BhTS.softmax(-1)
+    else:
+        sinks_BhT1 = wide(sinks_h)[:, None, None].expand(*scores_BhTS.shape[:-1], 1)
+        weights_BhTS = torch.cat((scores_BhTS, sinks_BhT1), -1).softmax(-1)[..., :-1]
     y_BhTd: torch.Tensor = weights_BhTS.to(v_BhSd.dtype) @ v_BhSd
     return y_BhTd

@@ -47,7 +47,7 @@ def build_decoder(
         IllegalDegreeError: the spec cannot be split over tp.size ranks.
     """
     plan = make_shard_plan(spec, tp.size, policy)
-    return Decoder(spec, plan, tp, weights or GeneratedWeights(tp))
+    return Decoder(spec, plan, tp, weights or GeneratedWeights(tp, spec.quantization))
 
 
 class DecoderLayer(nn.Module):
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: ModelSpec, plan: ShardPlan, tp: TPGroup, source: Weights) -> None:
         super().__init__()
         self.spec, self.plan = spec, plan
-        weights = RankWeights(spec, plan, tp.rank, source)
+        weights = RankWeights(spec, plan, tp, source)
         self.embed_tokens = VocabParallelEmbedding(plan, weights, tp)
         self.positions_TD = None
         if spec.position == "learned":
@@ -166,6 +166,7 @@ def _trace_points(
         yield f"{name}.post_attention_layernorm", (layer.post_attention_layernorm, whole, whole)
         features = _placement(spec, plan, rank, "intermediate")
         yield from _mlp_points(f"{name}.mlp", layer.mlp, features)
+        yield name, (layer, whole, whole)
     yield "norm", (decoder.norm, whole, whole)
     yield "lm_head", (decoder.lm_head, whole, whole)
 

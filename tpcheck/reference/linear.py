@@ -36,12 +36,15 @@ class ColumnParallelLinear(nn.Module):
 
     def __init__(self, name: str, weights: RankWeights) -> None:
         super().__init__()
+        self.round_input = weights.input_rounding(f"{name}.weight")
         self.weight_fD = frozen(weights.load(f"{name}.weight"))
         bias_f = weights.load_optional(f"{name}.bias")
         self.bias_f = None if bias_f is None else frozen(bias_f)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Return this rank's features."""
+        if self.round_input is not None:
+            x_BTD = self.round_input(x_BTD)
         return functional.linear(x_BTD, self.weight_fD, self.bias_f)
 
 
@@ -51,6 +54,7 @@ class RowParallelLinear(nn.Module):
     def __init__(self, name: str, weights: RankWeights, tp: TPGroup) -> None:
         super().__init__()
         self.tp = tp
+        self.round_input = weights.input_rounding(f"{name}.weight")
         self.weight_Df = frozen(weights.load(f"{name}.weight"))
         bias_D = weights.load_optional(f"{name}.bias")
         self.bias_D = None if bias_D is None else frozen(bias_D)
@@ -58,6 +62,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x_BTf: torch.Tensor) -> torch.Tensor:
         """Return the whole output, equal on every rank."""
+        if self.round_input is not None:
+            x_BTf = self.round_input(x_BTf)
         y_BTD_partial = row_term(x_BTf, self.weight_Df, self.real)
         y_BTD = self.tp.all_reduce(y_BTD_partial)
         return y_BTD if self.bias_D is None else y_BTD + self.bias_D

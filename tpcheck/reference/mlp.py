@@ -27,13 +27,25 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def gated(spec: ModelSpec, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Return act(gate) * up; where the spec has a limit, both are clamped as gpt-oss does it.
+
+    Source: as transformers 5.23's modeling_gpt_oss computes it.
+    """
+    if not spec.swiglu_limit:
+        return ACTIVATIONS[spec.hidden_act](gate) * up
+    gate = gate.clamp(max=spec.swiglu_limit)
+    up = up.clamp(-spec.swiglu_limit, spec.swiglu_limit)
+    return gate * (spec.swiglu_alpha * gate).sigmoid() * (up + 1)
+
+
 class MLP(nn.Module):
     """x [B, T, D] -> y [B, T, D], both equal on every rank."""
 
     def __init__(self, layer: int, spec: ModelSpec, weights: RankWeights, tp: TPGroup) -> None:
         super().__init__()
         name = f"model.layers.{layer}.mlp"
-        self.activation = ACTIVATIONS[spec.hidden_act]
+        self.spec = spec
         self.gate_proj = None
         if spec.mlp == "gated":
             self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", weights)
@@ -43,7 +55,7 @@ class MLP(nn.Module):
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Return down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
         if self.gate_proj is None:
-            y_BTf = self.activation(self.up_proj(x_BTD))
+            y_BTf = ACTIVATIONS[self.spec.hidden_act](self.up_proj(x_BTD))
         else:
-            y_BTf = self.activation(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+            y_BTf = gated(self.spec, self.gate_proj(x_BTD), self.up_proj(x_BTD))
         return self.down_proj(y_BTf)  # type: ignore[no-any-return]

@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from tpcheck.groups.base import TPGroup
 from tpcheck.reference.linear import ColumnParallelLinear, frozen, row_term
-from tpcheck.reference.mlp import ACTIVATIONS
-from tpcheck.reference.norm import wide
+from tpcheck.reference.mlp import gated
+from tpcheck.reference.rounding import wide
 from tpcheck.reference.weights import RankWeights
 from tpcheck.spec import ModelSpec
 
@@ -32,16 +32,23 @@ class Router(nn.Module):
     def __init__(self, name: str, spec: ModelSpec, weights: RankWeights) -> None:
         super().__init__()
         self.chosen = spec.num_experts_per_tok
+        self.scoring = spec.router_scoring
         self.renormalize = spec.norm_topk_prob
         self.weight_ED = frozen(weights.load(f"{name}.weight"))
+        bias_E = weights.load_optional(f"{name}.bias")
+        self.bias_E = None if bias_E is None else frozen(bias_E)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Return how much of each expert every token takes."""
-        probabilities_BTE = wide(functional.linear(x_BTD, self.weight_ED)).softmax(-1)
-        shares, experts = probabilities_BTE.topk(self.chosen, dim=-1)
+        scores_BTE = wide(functional.linear(x_BTD, self.weight_ED, self.bias_E))
+        if self.scoring == "softmax_topk":
+            scores_BTE = scores_BTE.softmax(-1)
+        shares, experts = scores_BTE.topk(self.chosen, dim=-1)
+        if self.scoring == "topk_softmax":
+            shares = shares.softmax(-1)
         if self.renormalize:
             shares = shares / shares.sum(-1, keepdim=True)
-        return torch.zeros_like(probabilities_BTE).scatter(-1, experts, shares).to(x_BTD.dtype)
+        return torch.zeros_like(scores_BTE).scatter(-1, experts, shares).to(x_BTD.dtype)
 
 
 class Expert(nn.Module):
@@ -49,17 +56,20 @@ class Expert(nn.Module):
 
     def __init__(self, name: str, spec: ModelSpec, weights: RankWeights) -> None:
         super().__init__()
-        self.activation = ACTIVATIONS[spec.hidden_act]
+        self.spec = spec
         self.gate_proj = ColumnParallelLinear(f"{name}.gate_proj", weights)
         self.up_proj = ColumnParallelLinear(f"{name}.up_proj", weights)
+        self.round_input = weights.input_rounding(f"{name}.down_proj.weight")
         self.down_Df = frozen(weights.load(f"{name}.down_proj.weight"))
         self.real = weights.real(f"{name}.down_proj.weight")
         bias_D = weights.load_optional(f"{name}.down_proj.bias")
         self.bias_D = None if bias_D is None else frozen(bias_D)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return down(act(gate(x)) * up(x)) over this rank's features, without down's bias."""
-        y_f = self.activation(self.gate_proj(x)) * self.up_proj(x)
+        """Return down of gate and up over this rank's features, without down's bias."""
+        y_f = gated(self.spec, self.gate_proj(x), self.up_proj(x))
+        if self.round_input is not None:
+            y_f = self.round_input(y_f)
         return row_term(y_f, self.down_Df, self.real)
 
 

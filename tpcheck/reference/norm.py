@@ -12,13 +12,9 @@ from torch.nn import functional
 
 from tpcheck.groups.base import TPGroup
 from tpcheck.reference.linear import frozen
+from tpcheck.reference.rounding import wide
 from tpcheck.reference.weights import RankWeights
 from tpcheck.spec import ModelSpec
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """Return x in float32, or in its own dtype where that is wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def make_norm(name: str, spec: ModelSpec, weights: RankWeights) -> nn.Module:

@@ -157,6 +157,7 @@ def footnotes(report: Report) -> list[tuple[str, str]]:
         notes.append(("path", carried))
     if report.path.differences and not report.path.same_as_deployed:
         notes.append(("not deployed", "; ".join(report.path.differences)))
+    notes += [("quantization", text) for text in _quantization(report.verdicts)]
     if report.sensitivity is not None:
         notes.append(("sensitivity", _sensitivity(report.sensitivity)))
     stood_on = {name: report.environment.get(name) for name in ("torch", "python", "device")}
@@ -305,6 +306,20 @@ def _skipped(verdicts: Iterable[Verdict]) -> list[str]:
             if check.outcome == SKIPPED:
                 counts[f"{name}: {check.reason.splitlines()[0]}"] += 1
     return [f"{text} (in {count})" for text, count in counts.items()]
+
+
+def _quantization(verdicts: Iterable[Verdict]) -> list[str]:
+    """Say how far quantization alone moved the logits, apart from what the ranks did."""
+    checks = [verdict.checks["drift"] for verdict in verdicts if "drift" in verdict.checks]
+    errors = [check.facts.get("quantization_error") for check in checks]
+    known = sorted(error for error in errors if error is not None)
+    if not known:
+        return []
+    span = " to ".join(dict.fromkeys((number(known[0]), number(known[-1]))))
+    return [
+        f"moved TP=1's logits by {span} of their size (unquantized against quantized, in float64):"
+        " information; every verdict is against TP=1 quantized"
+    ]
 
 
 def _sensitivity(facts: Mapping[str, Any]) -> str:

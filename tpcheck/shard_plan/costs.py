@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from tpcheck.errors import PlanError
-from tpcheck.shard_plan.cuts import features_of, local_size
+from tpcheck.shard_plan.cuts import local_size, unit_of
 from tpcheck.shard_plan.records import ShardPlan
 from tpcheck.shard_plan.tensors import LogicalTensor, logical_tensors
 from tpcheck.spec import ModelSpec
@@ -138,7 +138,7 @@ def _elements(spec: ModelSpec, plan: ShardPlan, rank: int, tensor: LogicalTensor
     if not tensor.split:
         return math.prod(tensor.shape)
     per_index = math.prod(tensor.shape) // tensor.shape[tensor.dim]
-    return per_index * local_size(spec, plan, rank, tensor.split) * features_of(spec, tensor.split)
+    return per_index * local_size(spec, plan, rank, tensor.split) * unit_of(spec, tensor)
 
 
 def _flops(

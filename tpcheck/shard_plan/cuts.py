@@ -63,7 +63,7 @@ def cut(spec: ModelSpec, plan: ShardPlan, rank: int, tensor: LogicalTensor) -> C
     if not tensor.split:
         whole = Span(0, tensor.shape[0])
         return Cut(0, (Run(whole, whole),), whole.size, Replicate())
-    runs, size = _held_features(spec, plan, rank, tensor.split)
+    runs, size = _held_features(spec, plan, rank, tensor.split, unit_of(spec, tensor))
     if is_even(spec, plan, tensor.split):
         return Cut(tensor.dim, runs, size, Shard(tensor.dim))
     held = [run for run in runs if run.whole.size]
@@ -99,7 +99,7 @@ def activation_placement(
     """
     if is_even(spec, plan, split):
         return Shard(dim)
-    runs, _ = _held_features(spec, plan, rank, split)
+    runs, _ = _held_features(spec, plan, rank, split, features_of(spec, split))
     return _slices(dim, [Run(_over(local, unit), _over(whole, unit)) for local, whole in runs])
 
 
@@ -110,6 +110,11 @@ def local_size(spec: ModelSpec, plan: ShardPlan, rank: int, split: str) -> int:
     padded: int = getattr(plan.padded, split)
     held = held_heads(spec, plan, rank) if split == "kv" else range(*_span(plan, rank, split))
     return padded or len(held)
+
+
+def unit_of(spec: ModelSpec, tensor: LogicalTensor) -> int:
+    """Return how many indices of its split dim a tensor has per head or feature: sinks have one."""
+    return tensor.shape[tensor.dim] // _total(spec, tensor.split)
 
 
 def features_of(spec: ModelSpec, split: str) -> int:
@@ -166,10 +171,9 @@ def counted_places(spec: ModelSpec, plan: ShardPlan, rank: int, split: str) -> t
 
 
 def _held_features(
-    spec: ModelSpec, plan: ShardPlan, rank: int, split: str
+    spec: ModelSpec, plan: ShardPlan, rank: int, split: str, unit: int
 ) -> tuple[tuple[Run, ...], int]:
-    """Return the runs of a rank, and the local size, in features or rows."""
-    unit = features_of(spec, split)
+    """Return the runs of a rank, and the local size, in `unit` indices per head or feature."""
     span = _span(plan, rank, split)
     wholes = [span]
     if split == "kv":

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tpcheck.shard_plan.policy import SplitPolicy
 from tpcheck.shard_plan.records import Span
+from tpcheck.shard_plan.units import head_units
 from tpcheck.spec import ModelSpec
 
 
@@ -44,23 +45,23 @@ def divide(total: int, parts: int, way: str, unit: int) -> Division:
 
 def divide_heads(spec: ModelSpec, tp_size: int, policy: SplitPolicy) -> tuple[Division, Division]:
     """Return the query heads and the KV heads of every rank."""
-    kv_heads, unit = spec.num_key_value_heads, policy.head_unit(spec.head_dim)
+    kv_heads, units = spec.num_key_value_heads, head_units(spec, policy)
     group = spec.num_attention_heads // kv_heads
     if policy.kv != "shard_or_replicate":
-        query = divide(spec.num_attention_heads, tp_size, policy.heads, unit)
-        return query, _touched(query, group, unit, policy)
+        query = divide(spec.num_attention_heads, tp_size, policy.heads, units.query)
+        return query, _touched(query, group, units.kv, policy)
     if kv_heads >= tp_size or group == 1:
-        kv = divide(kv_heads, tp_size, policy.heads, unit)
+        kv = divide(kv_heads, tp_size, policy.heads, units.group)
         spans = tuple(Span(span.start * group, span.stop * group) for span in kv.spans)
         return Division(spans, kv.padded * group), kv
     replicas = tp_size // kv_heads
-    within = divide(group, replicas, policy.heads, unit)
+    within = divide(group, replicas, policy.heads, units.query)
     ranks = [divmod(rank, replicas) for rank in range(tp_size)]
     spans = tuple(
         Span(head * group + within.spans[copy].start, head * group + within.spans[copy].stop)
         for head, copy in ranks
     )
-    padded = round_up(1, unit) if policy.heads == "pad" else 0
+    padded = round_up(1, units.kv) if policy.heads == "pad" else 0
     kv = Division(tuple(Span(head, head + 1) for head, _ in ranks), padded)
     return Division(spans, within.padded), kv
 

@@ -12,13 +12,15 @@ from tpcheck.shard_plan.dividing import Division, divide, divide_heads
 from tpcheck.shard_plan.policy import STRICT, SplitPolicy
 from tpcheck.shard_plan.records import Padded, RankPlan, ShardPlan
 from tpcheck.shard_plan.rules import (
-    Problem,
     degree_problems,
     head_problems,
     problems,
     width_problems,
     widths,
 )
+from tpcheck.shard_plan.scale_rules import fused_problems
+from tpcheck.shard_plan.units import width_unit
+from tpcheck.shard_plan.words import Problem
 from tpcheck.spec import ModelSpec
 
 HEAD_ORDER = (
@@ -36,6 +38,9 @@ ranks need code that engines rarely have. Copies for every query head ("mha") ho
 WIDTH_ORDER = ("even", "pad", "uneven")
 """`intermediate` as `best_plan` tries it."""
 
+SCALE_ORDER = ("refuse", "replicate")
+"""`scales` as `best_plan` tries it."""
+
 
 def make_shard_plan(spec: ModelSpec, tp_size: int, policy: SplitPolicy = STRICT) -> ShardPlan:
     """Decide what each of `tp_size` ranks holds.
@@ -49,7 +54,8 @@ def make_shard_plan(spec: ModelSpec, tp_size: int, policy: SplitPolicy = STRICT)
         raise _refusal(spec, tp_size, policy, broken)
     query, kv = divide_heads(spec, tp_size, policy)
     features = [
-        divide(width.size, tp_size, policy.intermediate, policy.block) for width in widths(spec)
+        divide(width.size, tp_size, policy.intermediate, width_unit(spec, policy, width.split))
+        for width in widths(spec)
     ]
     vocab = divide(spec.vocab_size, tp_size, "pad", policy.vocab_quantum)
     dense, routed, shared = (division.spans for division in features)
@@ -75,6 +81,8 @@ def best_plan(
 ) -> ShardPlan:
     """Return the plan of the first policy that can run: HEAD_ORDER, and by itself WIDTH_ORDER.
 
+    Scales of quantization blocks are copied only where no way to split leaves all blocks whole.
+
     Raises:
         IllegalDegreeError: none can; names what each of them breaks.
     """
@@ -82,18 +90,21 @@ def best_plan(
     broken = degree_problems(tp_size)
     if broken:
         raise _refusal(spec, tp_size, wanted, broken)
-    by_heads = [replace(wanted, heads=heads, kv=kv) for heads, kv in HEAD_ORDER]
-    by_widths = [replace(wanted, intermediate=way) for way in WIDTH_ORDER]
     refused: list[str] = []
-    heads = _first(by_heads, lambda one: head_problems(spec, tp_size, one), refused)
-    rest = _first(by_widths, lambda one: width_problems(spec, tp_size, one), refused)
-    if heads is None or rest is None:
-        lines = "".join(f"\n  {line}" for line in refused)
-        raise IllegalDegreeError(
-            f"tp_size={tp_size}, but should be one that some way to split allows"
-            f" [{spec.model_type}, tp_size={tp_size}]{lines}"
-        )
-    return make_shard_plan(spec, tp_size, replace(heads, intermediate=rest.intermediate))
+    for scales in SCALE_ORDER if spec.quantization else SCALE_ORDER[:1]:
+        whole = replace(wanted, scales=scales)
+        by_heads = [replace(whole, heads=heads, kv=kv) for heads, kv in HEAD_ORDER]
+        by_widths = [replace(whole, intermediate=way) for way in WIDTH_ORDER]
+        heads = _first(by_heads, lambda one: head_problems(spec, tp_size, one), refused)
+        rest = _first(by_widths, lambda one: width_problems(spec, tp_size, one), refused)
+        fused = _first([whole], lambda one: fused_problems(spec, tp_size, one), refused)
+        if heads is not None and rest is not None and fused is not None:
+            return make_shard_plan(spec, tp_size, replace(heads, intermediate=rest.intermediate))
+    lines = "".join(f"\n  {line}" for line in dict.fromkeys(refused))
+    raise IllegalDegreeError(
+        f"tp_size={tp_size}, but should be one that some way to split allows"
+        f" [{spec.model_type}, tp_size={tp_size}]{lines}"
+    )
 
 
 def _first(

@@ -11,13 +11,14 @@ that does not.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from tpcheck.errors import PlanError
 
 WAYS = ("even", "pad", "uneven")
 KV_WAYS = ("shard_or_replicate", "unaligned", "mha")
+SCALE_WAYS = ("refuse", "replicate", "finer")
+_ALLOWED = {"heads": WAYS, "kv": KV_WAYS, "intermediate": WAYS, "scales": SCALE_WAYS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,10 @@ class SplitPolicy:
 
     `vocab_quantum`: a rank's rows are a multiple of it, so that the padded vocabulary is one of
     vocab_quantum * tp_size. `block`: policy: [Whole Blocks], of head and intermediate widths.
+
+    `scales`: what becomes of a quantization block or group that a cut goes through. "refuse": there
+    is no such cut, pads and uneven pieces are whole blocks; "replicate" and "finer": quant:
+    [Straddling].
     """
 
     heads: str = "even"
@@ -41,9 +46,10 @@ class SplitPolicy:
     intermediate: str = "even"
     vocab_quantum: int = 1
     block: int = 1
+    scales: str = "refuse"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("heads", WAYS), ("kv", KV_WAYS), ("intermediate", WAYS)):
+        for name, allowed in _ALLOWED.items():
             if getattr(self, name) not in allowed:
                 raise PlanError(
                     f"policy: {name}={getattr(self, name)!r}, but should be one of"
@@ -55,10 +61,6 @@ class SplitPolicy:
                 raise PlanError(
                     f"policy: {name}={value!r}, but should be a whole number of at least 1"
                 )
-
-    def head_unit(self, head_dim: int) -> int:
-        """Return the fewest heads that are whole blocks wide."""
-        return self.block // math.gcd(self.block, head_dim)
 
 
 STRICT = SplitPolicy()

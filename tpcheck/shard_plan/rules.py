@@ -7,26 +7,13 @@ by size alone would have done is said too, because that is what an engine withou
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from tpcheck.shard_plan.dividing import Division, divide, divide_heads
 from tpcheck.shard_plan.policy import SplitPolicy
+from tpcheck.shard_plan.scale_rules import fused_problems, scale_problems
+from tpcheck.shard_plan.units import width_unit
+from tpcheck.shard_plan.words import Problem, Width
 from tpcheck.spec import ModelSpec
-
-
-class Problem(NamedTuple):
-    """One broken rule, and what would come of ignoring it."""
-
-    line: str
-    consequences: tuple[str, ...] = ()
-
-
-class Width(NamedTuple):
-    """What is split by features, 0 wide where the spec has no such part."""
-
-    where: str
-    name: str
-    size: int
 
 
 def widths(spec: ModelSpec) -> tuple[Width, Width, Width]:
@@ -34,17 +21,22 @@ def widths(spec: ModelSpec) -> tuple[Width, Width, Width]:
     dense = 0 if spec.num_experts else spec.intermediate_size
     shared = spec.shared_expert_intermediate_size
     return (
-        Width("layers.*.mlp", "intermediate_size", dense),
-        Width("layers.*.mlp.experts.*", "moe_intermediate_size", spec.moe_intermediate_size),
-        Width("layers.*.mlp.shared_expert", "shared_expert_intermediate_size", shared),
+        Width("layers.*.mlp", "intermediate_size", dense, "intermediate"),
+        Width("layers.*.mlp.experts.*", _MOE_SIZE, spec.moe_intermediate_size, "moe_intermediate"),
+        Width("layers.*.mlp.shared_expert", _SHARED_SIZE, shared, "shared_expert_intermediate"),
     )
+
+
+_MOE_SIZE, _SHARED_SIZE = "moe_intermediate_size", "shared_expert_intermediate_size"
 
 
 def problems(spec: ModelSpec, tp_size: int, policy: SplitPolicy) -> list[Problem]:
     """Return every rule that this degree breaks; empty when it is legal."""
-    return degree_problems(tp_size) or head_problems(spec, tp_size, policy) + width_problems(
-        spec, tp_size, policy
-    )
+    return degree_problems(tp_size) or [
+        *head_problems(spec, tp_size, policy),
+        *width_problems(spec, tp_size, policy),
+        *fused_problems(spec, tp_size, policy),
+    ]
 
 
 def degree_problems(tp_size: object) -> list[Problem]:
@@ -78,21 +70,21 @@ def head_problems(spec: ModelSpec, tp_size: int, policy: SplitPolicy) -> list[Pr
 def width_problems(spec: ModelSpec, tp_size: int, policy: SplitPolicy) -> list[Problem]:
     """Return the rules of the MLP and the experts that this degree breaks."""
     found = []
-    for where, name, size in widths(spec):
+    for where, name, size, split in widths(spec):
         if policy.intermediate == "even" and size % tp_size:
             line = f"{where}: {name}={size}, but should be divisible by tp_size={tp_size}"
             found.append(Problem(line))
-        elif policy.block > 1:
-            division = divide(size, tp_size, policy.intermediate, policy.block)
-            broken = _broken_block(division, 1, policy.block)
-            if broken:
-                found.append(Problem(f"{where}: {name}={size}: {broken}"))
+            continue
+        division = divide(size, tp_size, policy.intermediate, width_unit(spec, policy, split))
+        broken = _broken_block(division, 1, policy.block)
+        if broken:
+            found.append(Problem(f"{where}: {name}={size}: {broken}"))
+        else:
+            found += scale_problems(spec, policy, Width(where, name, size, split), division)
     return found
 
 
 def _head_blocks(spec: ModelSpec, tp_size: int, policy: SplitPolicy) -> Iterator[Problem]:
-    if policy.block == 1:
-        return
     counts = (spec.num_attention_heads, spec.num_key_value_heads)
     names = ("num_attention_heads", "num_key_value_heads")
     divisions = divide_heads(spec, tp_size, policy)
@@ -106,6 +98,11 @@ def _head_blocks(spec: ModelSpec, tp_size: int, policy: SplitPolicy) -> Iterator
             broken = _broken_block(division, spec.head_dim, policy.block)
         if broken:
             yield Problem(f"layers.*.self_attn: {name}={count}: {broken}")
+            continue
+        split = "query" if name == "num_attention_heads" else "kv"
+        yield from scale_problems(
+            spec, policy, Width("layers.*.self_attn", name, count, split), division
+        )
 
 
 def _broken_block(division: Division, width: int, block: int) -> str:

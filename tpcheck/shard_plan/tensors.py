@@ -63,6 +63,12 @@ def _attention(prefix: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
     if spec.qk_norm == "across_heads":
         tensors[f"{prefix}.q_norm.weight"] = LogicalTensor((queries,), "query")
         tensors[f"{prefix}.k_norm.weight"] = LogicalTensor((keys,), "kv")
+    if spec.quantization is not None and spec.quantization.kv_cache != "none":
+        per_head = spec.quantization.kv_cache == "head"
+        scale = LogicalTensor((spec.num_key_value_heads,), "kv") if per_head else LogicalTensor((1,))
+        tensors |= {f"{prefix}.k_scale": scale, f"{prefix}.v_scale": scale}
+    if spec.attention_sinks:
+        tensors[f"{prefix}.sinks"] = LogicalTensor((spec.num_attention_heads,), "query")
     return tensors | _row(
         f"{prefix}.o_proj", queries, "query", spec.hidden_size, spec.attention_out_bias
     )
@@ -78,6 +84,8 @@ def _experts(prefix: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
     """The router, every expert, and the shared expert behind its own gate."""
     names, hidden = ("gate_proj", "up_proj"), spec.hidden_size
     tensors = {f"{prefix}.gate.weight": LogicalTensor((spec.num_experts, hidden))}
+    if spec.router_bias:
+        tensors[f"{prefix}.gate.bias"] = LogicalTensor((spec.num_experts,))
     size, shared = spec.moe_intermediate_size, spec.shared_expert_intermediate_size
     for expert in range(spec.num_experts):
         where, split = f"{prefix}.experts.{expert}", "moe_intermediate"

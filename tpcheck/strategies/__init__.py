@@ -19,6 +19,7 @@ from tpcheck.strategies.drawing import as_spec, generated_cases
 from tpcheck.strategies.models import Point, model_specs, points
 from tpcheck.strategies.policies import split_policies
 from tpcheck.strategies.quant import QuantBlock, quant_blocks, whole_blocks
+from tpcheck.strategies.quantizations import quantizations
 from tpcheck.strategies.shapes import (
     DTYPES,
     HeadCounts,
@@ -53,6 +54,7 @@ __all__ = [
     "model_specs",
     "points",
     "quant_blocks",
+    "quantizations",
     "split_policies",
     "token_counts",
     "tp_degrees",

@@ -4,6 +4,11 @@ Requirement: every option of the reference decoder is drawn both ways, at every 
 sides of the plan's rules, and what fails shrinks to something a person can read: degree 2, one
 layer, the fewest heads, the narrowest widths, every option off, one token, seed 0.
 
+[Quantized] Whether the plan accepts a quantized decoder depends on its sizes and on its scales. Its
+widths are stretched to whole units of a drawn size, so that codes in words and groups fit as well
+as single channels, and the quantization is settled by the plan (quantizations: [Settling]). Some
+of those that it should refuse have sizes that divide, and scales that do not.
+
 [Draw Order] What matters most to a reader is drawn first, because Hypothesis shrinks what was drawn
 first hardest: the degree, then layers, sizes, options, and the seed last.
 """
@@ -11,7 +16,7 @@ first hardest: the degree, then layers, sizes, options, and the seed last.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import hypothesis
@@ -22,9 +27,11 @@ from tpcheck.shard_plan import legal_tp_sizes
 from tpcheck.spec import Case, ModelSpec, RopeScaling
 from tpcheck.strategies import tables
 from tpcheck.strategies.drawing import LARGEST_SEED, as_spec
+from tpcheck.strategies.quantizations import drawn_from, settle
 from tpcheck.strategies.shapes import (
     DTYPES,
     LEAST_HIDDEN,
+    LayerShape,
     draw_layer,
     require_at_least,
     token_counts,
@@ -44,8 +51,15 @@ _SCALINGS = (
     None,
     RopeScaling("linear", 2.0),
     RopeScaling("llama3", 8.0, original_max_position_embeddings=32),
+    RopeScaling("yarn", 8.0, original_max_position_embeddings=32, beta_fast=4.0, truncate=False),
 )
-"""llama3 stretches wavelengths above 32 / 4: an original length of 8192 would stretch none here."""
+"""llama3 stretches wavelengths above 32 / 4: an original length of 8192 would stretch none here.
+yarn keeps pairs of more than 4 turns in the original length; none makes its usual 32 in one of 32.
+"""
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_LAYER_PATTERNS = ((), (), (_SLIDING, _FULL), (_FULL, _SLIDING), (_FULL, _FULL, _SLIDING))
+"""Which layers have the window, repeated over all of them; () leaves it to every layer."""
 
 _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "attention_bias": st.booleans(),
@@ -58,10 +72,18 @@ _OPTIONS: dict[str, st.SearchStrategy[Any]] = {
     "hidden_act": st.sampled_from(("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")),
     "tie_word_embeddings": st.booleans(),
     "sliding_window": st.sampled_from((0, 0, 0, 0, 0, 1, 2, 3, 5, 8)),
+    "layer_types": st.sampled_from(_LAYER_PATTERNS),
+    "attention_sinks": st.booleans(),
+    "swiglu_limit": st.sampled_from((0.0, 0.5, 7.0)),
+    "swiglu_alpha": st.sampled_from((1.702, 1.0)),
     "rope_theta": st.sampled_from((10000.0, 500000.0, 100.0)),
     "rope_scaling": st.sampled_from(_SCALINGS),
 }
+_UNITS = (1, 8, 16, 4, 32, 8)
+"""Widths of quantized decoders are multiples of one, where bounds allow."""
+
 _WITHOUT_ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
+_WITHOUT_LIMIT = {"swiglu_limit": 0.0, "swiglu_alpha": 1.702}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +112,9 @@ def model_specs(
     vocab: st.SearchStrategy[int] | None = None,
     **pins: Any,
 ) -> st.SearchStrategy[ModelSpec]:
-    """Draw a decoder with any of its options: heads, norms, biases, positions, window, vocabulary.
+    """Draw a decoder with any of its options: heads, norms, biases, positions, windows, sinks.
+
+    Of three decoders one is quantized (models: [Quantized]); quantization=None leaves that out.
 
     Fields that no argument speaks of (those of a mixture of experts, model_type) keep their
     default unless pinned.
@@ -145,7 +169,12 @@ def _draw_model(draw: st.DrawFn, question: Question, bounds: _Bounds) -> ModelSp
 
     field("num_hidden_layers", st.integers(1, bounds.max_layers))
     rope = field("position", st.sampled_from(("rope", "learned"))) == "rope"
-    layer = draw_layer(draw, question, bounds.max_hidden, bounds.max_head_dim, even_head_dim=rope)
+    quantized = "quantization" not in pins and draw(st.sampled_from((False, False, True)))
+    unit = draw(st.sampled_from(_UNITS)) if "quantization" not in pins else 1
+    sizes = _sizes_of(question, quantized)
+    layer = draw_layer(draw, sizes, bounds.max_hidden, bounds.max_head_dim, even_head_dim=rope)
+    if quantized and question.legal is not False:
+        layer = _stretched(layer, unit, question, bounds)
     drawn |= layer._asdict()
     vocab = bounds.vocab
     field("vocab_size", vocab_sizes_for(question.tp_sizes, _MAX_VOCAB) if vocab is None else vocab)
@@ -153,7 +182,44 @@ def _draw_model(draw: st.DrawFn, question: Question, bounds: _Bounds) -> ModelSp
         field(name, strategy)
     if not rope:
         drawn |= _WITHOUT_ROPE
-    return ModelSpec(**({"max_position_embeddings": MAX_POSITIONS} | drawn | pins))
+    if not (drawn["mlp"] == "gated" and drawn["hidden_act"] == "silu" and drawn["swiglu_limit"]):
+        drawn |= _WITHOUT_LIMIT
+    pattern = drawn["layer_types"] if drawn["sliding_window"] else ()
+    drawn["layer_types"] = tuple(
+        pattern[layer % len(pattern)]
+        for layer in range(drawn["num_hidden_layers"] if pattern else 0)
+    )
+    quantization = None if "quantization" in pins else draw(drawn_from())
+    spec = ModelSpec(**({"max_position_embeddings": MAX_POSITIONS} | drawn | pins))
+    if not quantized or quantization is None:
+        return spec
+    if question.legal is not None:
+        quantization = settle(quantization, spec, question.tp_sizes, question.legal)
+    return replace(spec, quantization=quantization)
+
+
+def _sizes_of(question: Question, quantized: bool) -> Question:
+    """Return what the sizes should be: those of a decoder refused for its scales are legal."""
+    fitting = replace(question, legal=True)
+    return fitting if quantized and question.legal is False and tables.pairs(fitting) else question
+
+
+def _stretched(layer: LayerShape, unit: int, question: Question, bounds: _Bounds) -> LayerShape:
+    """Return a layer of wider heads and features, in whole units as far as bounds and pins allow.
+
+    Whatever divided a width divides it still.
+    """
+    pinned = dict(question.pins)
+    head_dim, width = layer.head_dim, layer.intermediate_size
+    bound = max(width, question.max_intermediate)  # a pinned width may be beyond it
+    while unit > bounds.max_head_dim or width * unit > bound:
+        unit //= 2
+    wider = -(-head_dim // unit) * unit
+    if "head_dim" not in pinned and wider <= bounds.max_head_dim:
+        head_dim = wider
+    if "intermediate_size" not in pinned:
+        width *= unit
+    return layer._replace(head_dim=head_dim, intermediate_size=width)
 
 
 _Sources = tuple[tuple[int, st.SearchStrategy[ModelSpec]], ...]

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from tpcheck.errors import PlanError, TPCheckError
-from tpcheck.shard_plan.policy import KV_WAYS, WAYS, SplitPolicy
+from tpcheck.shard_plan.policy import KV_WAYS, SCALE_WAYS, WAYS, SplitPolicy
 from tpcheck.shard_plan.rules import head_problems, width_problems
+from tpcheck.shard_plan.scale_rules import fused_problems
 from tpcheck.spec import ModelSpec
 from tpcheck.strategies.tables import require_degrees
 
@@ -29,7 +30,7 @@ def split_policies(
     blocks: Sequence[int] = BLOCKS,
     vocab_quanta: Sequence[int] = QUANTA,
 ) -> st.SearchStrategy[SplitPolicy]:
-    """Draw a policy: what a plan may do with heads, KV heads, widths, vocabulary and blocks.
+    """Draw a policy: what a plan may do with heads, KV heads, widths, vocabulary, blocks, scales.
 
     Args:
         spec: with `tp_size`, the model that `legal` speaks of.
@@ -58,13 +59,20 @@ def split_policies(
         )
     require_degrees("split_policies", (tp_size,))
     found: list[st.SearchStrategy[SplitPolicy]] = []
-    for block in dict.fromkeys(blocks):
-        heads, refused_heads = _heads(spec, tp_size, block)
-        widths, refused_widths = _widths(spec, tp_size, block)
-        sides = [(heads, widths)]
-        if not legal:
-            sides = [(refused_heads, widths + refused_widths), (heads, refused_widths)]
-        found += [_built(one, other, block, vocab_quanta) for one, other in sides if one and other]
+    for scales in _SCALES if spec.quantization else (SCALE_WAYS,):
+        fuses = not fused_problems(spec, tp_size, SplitPolicy(scales=scales[0]))
+        for block in dict.fromkeys(blocks):
+            heads, refused_heads = _heads(spec, tp_size, block, scales[0])
+            widths, refused_widths = _widths(spec, tp_size, block, scales[0])
+            sides = [(heads, widths)] if fuses else []
+            if not legal:
+                sides = [(refused_heads, widths + refused_widths), (heads, refused_widths)]
+                sides += [] if fuses else [(heads, widths)]
+            found += [
+                _built(one, other, block, vocab_quanta, scales)
+                for one, other in sides
+                if one and other
+            ]
     if not found:
         side = "plans" if legal else "is refused"
         raise PlanError(
@@ -73,37 +81,46 @@ def split_policies(
     return st.one_of(found)
 
 
+_SCALES = (SCALE_WAYS[:1], SCALE_WAYS[1:])
+"""The plan refuses cut blocks, or it accepts them; how their scales are then held is not its rule.
+"""
+
 _Heads = list[tuple[str, str]]
 
 
-def _heads(spec: ModelSpec, tp_size: int, block: int) -> tuple[_Heads, _Heads]:
+def _heads(spec: ModelSpec, tp_size: int, block: int, scales: str) -> tuple[_Heads, _Heads]:
     """Return the (heads, kv) that plan, and those that are refused."""
     plans: _Heads = []
     refused: _Heads = []
     for way in WAYS:
         for kv in KV_WAYS:
-            broken = head_problems(spec, tp_size, SplitPolicy(heads=way, kv=kv, block=block))
-            (refused if broken else plans).append((way, kv))
+            policy = SplitPolicy(heads=way, kv=kv, block=block, scales=scales)
+            (refused if head_problems(spec, tp_size, policy) else plans).append((way, kv))
     return plans, refused
 
 
-def _widths(spec: ModelSpec, tp_size: int, block: int) -> tuple[list[str], list[str]]:
+def _widths(spec: ModelSpec, tp_size: int, block: int, scales: str) -> tuple[list[str], list[str]]:
     plans: list[str] = []
     refused: list[str] = []
     for way in WAYS:
-        broken = width_problems(spec, tp_size, SplitPolicy(intermediate=way, block=block))
-        (refused if broken else plans).append(way)
+        policy = SplitPolicy(intermediate=way, block=block, scales=scales)
+        (refused if width_problems(spec, tp_size, policy) else plans).append(way)
     return plans, refused
 
 
 def _built(
-    heads: _Heads, widths: list[str], block: int, vocab_quanta: Sequence[int]
+    heads: _Heads,
+    widths: list[str],
+    block: int,
+    vocab_quanta: Sequence[int],
+    scales: Sequence[str],
 ) -> st.SearchStrategy[SplitPolicy]:
     return st.builds(
-        lambda pair, width, quantum: SplitPolicy(pair[0], pair[1], width, quantum, block),
+        lambda pair, width, quantum, way: SplitPolicy(pair[0], pair[1], width, quantum, block, way),
         st.sampled_from(heads),
         st.sampled_from(widths),
         st.sampled_from(tuple(vocab_quanta)),
+        st.sampled_from(tuple(scales)),
     )
 
 
@@ -115,4 +132,5 @@ def _any(blocks: Sequence[int], vocab_quanta: Sequence[int]) -> st.SearchStrateg
         st.sampled_from(WAYS),
         st.sampled_from(tuple(vocab_quanta)),
         st.sampled_from(tuple(blocks)),
+        st.sampled_from(SCALE_WAYS),
     )

@@ -63,6 +63,9 @@ def tp_degrees(
 
     Degrees above the number of KV heads come from drawing both.
 
+    For tests whose degrees are their own matter, 3, 6 and 12 included. Those of a test that should
+    follow pytest's `--tp` come from `tpcheck.pytest_plugin.tp_degrees`.
+
     Args:
         min_size: 1 to try the group of one, too.
         sizes: exactly these degrees instead.

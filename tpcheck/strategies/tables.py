@@ -21,7 +21,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from hypothesis import strategies as st
 
 from tpcheck.errors import PlanError, TPCheckError
+from tpcheck.quantization import Quantization
 from tpcheck.shard_plan import legal_tp_sizes
+from tpcheck.shard_plan.units import shared_features
 from tpcheck.spec import ModelSpec, RopeScaling
 
 AWKWARD_HEADS = (25, 28, 36, 40, 52)
@@ -31,6 +33,12 @@ DEGREES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Powers of two hide what goes wrong at 3, 6, 12, 24 and 48."""
 
 DEFAULT_DEGREES = (2, 3, 4, 6, 8)
+
+_WINDOW = 5
+"""Of pinned layer_types that need one: inside most drawn lengths."""
+
+_HEAD_DIM = 16
+"""Under a pinned quantization: which head counts cut its units then depends on nothing drawn."""
 
 _SMALL_HEADS, _SMALL_WIDTHS = 12, 8
 """How many of the smallest entries are drawn more often: small cases cost less."""
@@ -96,9 +104,9 @@ def questions(
     asked = []
     for tp_sizes in alternatives:
         require_degrees(where, tp_sizes)
-        least = math.lcm(*tp_sizes)
+        least, unit = math.lcm(*tp_sizes), _shared(dict(fields))
         heads = _bound(where, "max_heads", max_heads, max(64, 2 * least))
-        widths = _bound(where, "max_intermediate", max_intermediate, max(128, 4 * least))
+        widths = _bound(where, "max_intermediate", max_intermediate, max(128, 4 * least * unit))
         asked.append(Question(tp_sizes, legal, heads, widths, fields))
     ModelSpec.from_fields(_probe_fields(asked[0], {}))
     found = tuple(question for question in asked if (among or pairs)(question))
@@ -201,10 +209,11 @@ def answers(fits: frozenset[int], question: Question) -> bool:
 @lru_cache(maxsize=256)
 def _head_groups(tp_sizes: tuple[int, ...], bound: int, pins: Pins) -> tuple[Group[Heads], ...]:
     question = Question(tp_sizes, None, bound, 0, pins)
+    fitting = math.lcm(*tp_sizes) * _shared(dict(pins))
 
     def legal_at(heads: int, kv_heads: int) -> frozenset[int]:
         counts = {"num_attention_heads": heads, "num_key_value_heads": kv_heads}
-        return _legal_at(question, counts | {"intermediate_size": math.lcm(*tp_sizes)})
+        return _legal_at(question, counts | {"intermediate_size": fitting})
 
     def judge(entry: Heads) -> tuple[frozenset[int], str]:
         fits = legal_at(*entry)
@@ -232,7 +241,7 @@ def _head_candidates(bound: int, pins: dict[str, Any]) -> Iterator[Heads]:
 @lru_cache(maxsize=256)
 def _width_groups(tp_sizes: tuple[int, ...], bound: int, pins: Pins) -> tuple[Group[int], ...]:
     question = Question(tp_sizes, None, 0, bound, pins)
-    least = math.lcm(*tp_sizes)
+    least = math.lcm(*tp_sizes) * _shared(dict(pins))
     heads = {"num_attention_heads": least, "num_key_value_heads": least}
 
     def judge(width: int) -> tuple[frozenset[int], str]:
@@ -244,8 +253,15 @@ def _width_groups(tp_sizes: tuple[int, ...], bound: int, pins: Pins) -> tuple[Gr
         yield entries[:_SMALL_WIDTHS]
 
     pinned = dict(pins).get("intermediate_size")
-    widths = range(1, bound + 1) if pinned is None else (pinned,)
+    widths = _width_candidates(bound, dict(pins)) if pinned is None else (pinned,)
     return grouped(widths, judge, often)
+
+
+def _width_candidates(bound: int, pins: dict[str, Any]) -> list[int]:
+    """Propose every width; of wide ones whole units of pinned scales, and what lies beside them."""
+    unit = _shared(pins)
+    near = {whole + off for whole in range(unit, bound + 1, unit) for off in (-1, 0, unit // 2)}
+    return sorted(width for width in near | set(range(1, 129)) if 1 <= width <= bound)
 
 
 def _legal_at(question: Question, fields: dict[str, int]) -> frozenset[int]:
@@ -257,7 +273,7 @@ def _legal_at(question: Question, fields: dict[str, int]) -> frozenset[int]:
 def _probe_fields(question: Question, fields: dict[str, int]) -> dict[str, Any]:
     """Return a spec in which nothing but pins and `fields` can be illegal: all else divides."""
     pins = dict(question.pins)
-    least = math.lcm(*question.tp_sizes)
+    least = math.lcm(*question.tp_sizes) * _shared(pins)
     heads = pins.get("num_attention_heads") or pins.get("num_key_value_heads") or least
     neutral: dict[str, Any] = {
         "vocab_size": least,
@@ -270,12 +286,24 @@ def _probe_fields(question: Question, fields: dict[str, int]) -> dict[str, Any]:
     return neutral | pins | fields
 
 
+def _shared(pins: Mapping[str, Any]) -> int:
+    """Return how many features share a scale or a word in the pinned quantization, at least 1."""
+    quantization = pins.get("quantization")
+    if quantization is None:
+        return 1
+    return math.lcm(*(shared_features(quantization, side) for side in (0, 1)))
+
+
 def _normal_pins(where: str, pins: Mapping[str, Any]) -> Pins:
     """Return pins in one order, hashable, with what they imply for fields that are not pinned."""
     fields = dict(pins)
     scaling = fields.get("rope_scaling")
     if isinstance(scaling, Mapping):
         fields["rope_scaling"] = scaling = RopeScaling.from_fields(scaling)
+    if isinstance(fields.get("quantization"), Mapping):
+        fields["quantization"] = Quantization.from_fields(fields["quantization"])
+    if fields.get("quantization") is not None:
+        fields.setdefault("head_dim", _HEAD_DIM)
     head_dim = fields.get("head_dim")
     if head_dim == 0:
         raise PlanError(
@@ -287,6 +315,15 @@ def _normal_pins(where: str, pins: Mapping[str, Any]) -> Pins:
         fields.setdefault("position", "learned")
     if fields.get("num_experts"):
         fields.setdefault("mlp", "gated")
+    if fields.get("swiglu_limit"):
+        fields.setdefault("mlp", "gated")
+        fields.setdefault("hidden_act", "silu")
+    if isinstance(fields.get("layer_types"), Sequence):
+        fields["layer_types"] = types = tuple(fields["layer_types"])
+        if types:
+            fields.setdefault("num_hidden_layers", len(types))
+        if "sliding_attention" in types:
+            fields.setdefault("sliding_window", _WINDOW)
     if fields.get("position") == "learned":
         fields.setdefault("rope_scaling", None)
     return tuple(sorted(fields.items()))

@@ -1,0 +1,214 @@
+"""Explanations of a case's numbers: each is a run that is made only when a check asks for it.
+
+Requirement: no alarm rests on what has another reason. Before one is raised, the noise floor of
+hard casts is measured, ties of routing are pinned to the reference, and drift is held against more
+runs and against what this case's own partials explain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+from tpcheck.case_runs import CaseRuns
+from tpcheck.checks import drift, drifts, structural
+from tpcheck.comparison import relative
+from tpcheck.evidence import Evidence, distance, noise_floor, routing_flips, with_outputs
+from tpcheck.execution import Task
+from tpcheck.inputs import input_order, more_inputs
+from tpcheck.numerics.drift import floored
+from tpcheck.numerics.tolerance import structural_limit
+from tpcheck.numerics.ulp import eps
+from tpcheck.records import FAIL
+
+_ROUNDINGS = 8
+"""Repetitions that round anew: nine independent errors where there was one."""
+_OTHER_CODES = 4
+"""Weights that a difference has to survive to be a bug where values are quantized: where one case in
+three has a value between two codes, four do in one of eighty."""
+_TIE = 1e-9
+"""A choice between values closer than this (relative) is a tie that float64 rounding may break."""
+
+
+def explained(
+    runs: CaseRuns, evidence: Evidence, reduction: str
+) -> tuple[Evidence, tuple[str, ...]]:
+    """Return the evidence with whatever its checks need explained, and notes on what was done.
+
+    Args:
+        reduction: the kind of sum over ranks that drift is expected of.
+    """
+    evidence = _with_full_outputs(runs, evidence)
+    evidence = _with_noise_floor(runs, evidence)
+    evidence, notes = _with_ties_pinned(runs, evidence)
+    evidence, more = _with_other_codes(runs, evidence)
+    return _with_expected_drift(runs, evidence, reduction), (*notes, *more)
+
+
+def _with_full_outputs(runs: CaseRuns, evidence: Evidence) -> Evidence:
+    """Where ranks disagree, run again with every rank's output, to say where."""
+    for name, traces in (("exact", evidence.exact), ("deployed", evidence.deployed)):
+        keys = traces[0].digests if traces else {}
+        if all(len({t.digests.get(key) for t in traces}) == 1 for key in keys):
+            continue
+        if runs.subject.options.logits == "rank0":
+            continue
+        order = input_order(runs.inputs, evidence.tp_size)
+        task = runs.exact_task(order) if name == "exact" else runs.deployed_task(order)
+        again = runs.run(replace(task, every_output=True), evidence.tp_size)
+        merged = [
+            replace(old, outputs=new.outputs) if new.digests == old.digests else old
+            for old, new in zip(traces, again, strict=True)
+        ]
+        evidence = replace(evidence, **{name: merged})  # type: ignore[arg-type]
+    return evidence
+
+
+def _with_noise_floor(runs: CaseRuns, evidence: Evidence) -> Evidence:
+    """Hard casts bound what a float64 run can see: measure at TP=1, at TP=N only if needed."""
+    oracle = evidence.oracle
+    if oracle is None or not evidence.exact:
+        return evidence
+    casts = [*oracle.casts, *(cast for trace in evidence.exact for cast in trace.casts)]
+    if not casts:
+        return evidence
+    moved = []
+    if oracle.casts:
+        moved.append((runs.noisy_alone, oracle))
+        evidence = replace(evidence, floor=noise_floor(casts, moved, codes=bool(runs.codes)))
+        if structural(evidence).outcome != FAIL:
+            return evidence
+    still = evidence.exact[0]
+    if runs.pinned:  # else choices that a fault flips would raise the limit it is held to
+        still = runs.run(replace(runs.noisy_task, perturb_seed=None), evidence.tp_size)[0]
+    moved.append((runs.run(runs.noisy_task, evidence.tp_size)[0], still))
+    return replace(evidence, floor=noise_floor(casts, moved, codes=bool(runs.codes)))
+
+
+def _with_ties_pinned(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
+    if evidence.oracle is None or not evidence.exact or not runs.pinned:
+        return evidence, ()
+    if structural(evidence).outcome != FAIL:
+        return evidence, ()
+    flips, margin = routing_flips(evidence.exact[0].extras["choices"], runs.pinned)
+    if not flips or margin > max(_TIE, structural_limit(evidence.floor.relative_rms)):
+        return evidence, ()
+    order = input_order(runs.inputs, evidence.tp_size)
+    task = replace(runs.exact_task(order), pinned=runs.pinned)
+    note = f"routing: {flips} ties (margin {margin:.2g}) were pinned to the reference"
+    return replace(evidence, exact=runs.run(task, evidence.tp_size)), (note,)
+
+
+def _with_other_codes(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
+    """Where values are quantized, one between two codes may fall to either side by its last bit.
+
+    Weights an ulp apart put other values there, if any; a bug stays. So a difference that goes away
+    with them was such a value.
+    """
+    oracle = evidence.oracle
+    if oracle is None or not evidence.exact or not runs.codes:
+        return evidence, ()
+    if structural(evidence).outcome != FAIL:
+        return evidence, ()
+    order = input_order(runs.inputs, evidence.tp_size)
+    for seed in range(1, _OTHER_CODES + 1):
+        task = replace(runs.exact_task(order), other_weights=seed)
+        alone = runs.run(task, 1)[0]
+        task = replace(task, pinned=alone.extras["choices"])
+        exact = runs.run(task, evidence.tp_size)
+        other = replace(evidence, elsewhere=(exact[0], alone))
+        if structural(other).outcome != FAIL:
+            where = ", ".join(dict.fromkeys(fqn or "forward" for fqn, _, _ in runs.codes[:3]))
+            note = f"codes: a value in {where} lay between two codes; weights an ulp apart agree"
+            return other, (note,)
+    return evidence, ()
+
+
+def _with_expected_drift(runs: CaseRuns, evidence: Evidence, reduction: str) -> Evidence:
+    proven = structural(evidence).outcome == FAIL  # then no alarm rests on drift
+    again = iter(()) if proven else _measured_again(runs, evidence)
+    while drifts(drift(evidence)) and (more := next(again, None)) is not None:
+        evidence = more
+    if not drifts(drift(evidence)) or not evidence.exact:
+        return evidence
+    coarse = {
+        cast.target
+        for trace in evidence.exact
+        for cast in trace.casts
+        if eps(cast.target) > eps(runs.dtype)
+    }
+    if coarse:
+        return _with_coarse_base(runs, evidence, coarse)
+    order = tuple(dict.fromkeys(input_order(runs.inputs, evidence.tp_size)))
+    task = replace(
+        runs.exact_task(order),
+        noise_dtype=runs.dtype,
+        noise_kind=reduction,
+        pinned=runs.pinned,
+        decode=False,
+        watch=False,
+    )
+    noisy = runs.run(task, evidence.tp_size)[0]
+    still = evidence.exact[0]
+    if runs.pinned:  # else choices that a fault flips would count as rounding
+        still = runs.run(replace(task, noise_dtype=""), evidence.tp_size)[0]
+    response, _, _ = distance(noisy, still)
+    oracle = evidence.oracle
+    assert oracle is not None
+    error, magnitude, _ = distance(evidence.base, oracle)
+    at_1 = floored(error, magnitude, eps(runs.dtype))
+    if not at_1:
+        return evidence
+    expected = math.sqrt(1 + (response / at_1) ** 2)
+    if expected <= evidence.expected:
+        return evidence
+    source = "the rounding of this case's own partials, injected into float64"
+    return replace(evidence, expected=expected, expected_source=source)
+
+
+def _measured_again(runs: CaseRuns, evidence: Evidence) -> Iterator[Evidence]:
+    """Yield the evidence with more and more runs beside it, before an alarm rests on a few.
+
+    Other inputs first. Where one token carries the error (a norm of few channels), as many of
+    them as one likes are still that one token: then weights that are an ulp apart, because
+    they round anew.
+    """
+    inputs = more_inputs(runs.subject, runs.case)
+    task = replace(runs.task, inputs=inputs, order=tuple(inputs))
+    evidence = _with_runs(runs, evidence, task, "")
+    yield evidence
+    order = tuple(dict.fromkeys(input_order(runs.inputs, evidence.tp_size)))
+    for seed in range(1, _ROUNDINGS + 1):
+        task = replace(runs.task, order=order, other_weights=seed)
+        evidence = _with_runs(runs, evidence, task, f" with other weights {seed}")
+    yield evidence
+
+
+def _with_runs(runs: CaseRuns, evidence: Evidence, task: Task, suffix: str) -> Evidence:
+    if evidence.oracle is not None:
+        wide = runs.run(replace(task, dtype=runs.oracle_dtype, watch=True), 1)[0]
+        pinned = wide.extras["choices"]
+        task = replace(task, watch=bool(pinned), pinned=pinned)
+        evidence = replace(evidence, oracle=with_outputs(evidence.oracle, wide, suffix))
+    base, deployed = runs.run(task, 1)[0], runs.run(task, evidence.tp_size)[0]
+    first, *others = evidence.deployed
+    return replace(
+        evidence,
+        base=with_outputs(evidence.base, base, suffix),
+        deployed=[with_outputs(first, deployed, suffix), *others],
+    )
+
+
+def _with_coarse_base(runs: CaseRuns, evidence: Evidence, coarse: set[str]) -> Evidence:
+    """Where TP=1 rounds coarser than the deployed dtype itself, that is its own error.
+
+    The oracle makes the same cast, so both agree and e1 would be 0. What only TP=N rounds
+    coarser explains nothing.
+    """
+    oracle = evidence.oracle
+    if oracle is None or not coarse <= {cast.target for cast in oracle.casts}:
+        return evidence
+    error, magnitude, _ = distance(evidence.base, oracle)
+    moved, size, _ = distance(runs.noisy_alone, oracle)
+    return replace(evidence, base_error=max(error, relative(moved, size) * magnitude))
