@@ -34,7 +34,6 @@ def drawn(seed: int, count: int) -> list[Any]:
     from tpcheck.quantization import FORMATS
     from tpcheck.shard_plan import STRICT
     from tpcheck.strategies import points, quantizations, split_policies
-    from tpcheck.strategies.quantizations import ACTIVATION_WAYS, KV_CACHE_WAYS
 
     @st.composite
     def cases(draw: st.DrawFn) -> tuple[Any, Any]:
@@ -50,8 +49,6 @@ def drawn(seed: int, count: int) -> list[Any]:
                 point.tp_size,
                 True if strict else None,
                 formats=[draw(st.sampled_from(FORMATS))],
-                activations=ACTIVATION_WAYS,
-                kv_caches=KV_CACHE_WAYS,
             )
         )
         spec = replace(point.spec, quantization=stored)

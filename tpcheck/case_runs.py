@@ -19,7 +19,8 @@ from tpcheck.groups.jobs import Job, JobFailed, Ranks
 from tpcheck.inputs import input_order, make_inputs
 from tpcheck.numerics.drift import ASSUMED_ERROR
 from tpcheck.numerics.ulp import eps
-from tpcheck.observation.dispatch import CastKey, Choice
+from tpcheck.observation.codes import CastKey
+from tpcheck.observation.dispatch import Choice
 from tpcheck.spec import Case
 from tpcheck.subjects import Subject, SubjectRef
 from tpcheck.trace import Trace
@@ -109,7 +110,8 @@ class CaseRuns:
     @cached_property
     def noisy_alone(self) -> Trace:
         """TP=1's `noisy_task`."""
-        return self.run(self.noisy_task, 1)[0]
+        assert self.oracle is not None
+        return self.run(replace(self.noisy_task, sent=self.oracle.extras["sent"]), 1)[0]
 
     @property
     def pinned(self) -> Mapping[str, Sequence[Choice]]:

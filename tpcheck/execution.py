@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -18,8 +18,9 @@ import torch
 from tpcheck.errors import SubjectError
 from tpcheck.groups.base import Interceptor, RecordedGroup
 from tpcheck.groups.jobs import World
+from tpcheck.observation.codes import CastKey, Codes
 from tpcheck.observation.consumption import Consumption, offer_weights, one_ulp_off
-from tpcheck.observation.dispatch import CastKey, Choice, Watch
+from tpcheck.observation.dispatch import Choice, Watch
 from tpcheck.observation.injection import reduction_noise
 from tpcheck.observation.modules import ModuleTracer, replay_modules, traced_modules
 from tpcheck.observation.planting import Plant, Planter
@@ -42,10 +43,11 @@ class Task:
     "A again". watch: see casts, choices and torch.distributed calls. perturb_seed: move narrow
     casts by half an ulp. perturb_weights: move weights by half an ulp of the compute dtype;
     other_weights: by an ulp of the storage dtype, alike in every compute dtype. noise_dtype: add to
-    every reduction the rounding this dtype must cost. codes: TP=1's quantizers (dispatch: [Codes]).
-    intercept: makes what watches or replaces collectives; its `seen` becomes an extra. pinned: input
-    id -> choices to impose on top-k. trace: input id whose modules are recorded; replay: reference
-    inputs by FQN for modules with declared placements.
+    every reduction the rounding this dtype must cost. codes: TP=1's quantizers; sent:
+    input id -> the casts that are a reduction's (observation/codes.py).
+    intercept: makes what watches or replaces collectives; its `seen` becomes an extra.
+    pinned: input id -> choices to impose on top-k. trace: input id whose modules are recorded;
+    replay: reference inputs by FQN for modules with declared placements.
     """
 
     subject: SubjectRef
@@ -62,6 +64,7 @@ class Task:
     noise_dtype: str = ""
     noise_kind: str = "ring"
     codes: tuple[CastKey, ...] | None = None
+    sent: Mapping[str, Collection[int]] = field(default_factory=dict)
     intercept: Callable[[], Interceptor] | None = None
     pinned: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
     trace: str = ""
@@ -195,6 +198,7 @@ class _Runner:
         self._choices: dict[str, list[Choice]] = {}
         self._casts: dict[CastKey, Any] = {}
         self._codes: dict[CastKey, None] = {}
+        self._sent: dict[str, set[int]] = {}
         self._unpinned = 0
         self._quiet = True
         self._extras: dict[str, Any] = {}
@@ -215,6 +219,7 @@ class _Runner:
         if task.shards and hasattr(self._forward, "shards"):
             self._extras["shards"] = _checked_shards(self._forward.shards())
         self._extras["codes"] = tuple(self._codes)
+        self._extras["sent"] = self._sent
         self._extras["choices"] = self._choices
         self._extras["unpinned"] = self._unpinned
         self._extras["consumed"] = consumption.counts()
@@ -263,7 +268,7 @@ class _Runner:
             self._group.recorder,
             wanted=self._group.dtype,
             perturb=generator,
-            codes=task.codes,
+            codes=Codes(task.codes, task.sent.get(name, ())),
             pinned=pinned,
             rank=self._group.rank,
         )
@@ -272,7 +277,8 @@ class _Runner:
         if watch.choices:
             self._choices[name] = watch.choices
         self._unpinned += watch.unpinned
-        self._codes |= watch.codes
+        self._codes |= watch.codes.found
+        self._sent[name] = watch.codes.sent
         self._quiet = self._quiet and not watch.saw_something
         for cast_ in watch.casts:
             self._casts.setdefault((cast_.fqn, cast_.source, cast_.target), cast_)

@@ -17,6 +17,7 @@ from tpcheck.numerics.alarm import (
     JUDGED,
     RATE,
     TOLERATED,
+    Declared,
     Wealth,
     declare,
     law_sigma,
@@ -299,8 +300,6 @@ def test_outputs_needed_is_what_normal_errors_take(excess):
 
 
 def declare_of(exact, emulated):
-    from tpcheck.numerics.alarm import Declared
-
     return Declared(exact.double(), torch.ones_like(emulated), emulated)
 
 

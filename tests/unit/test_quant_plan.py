@@ -110,8 +110,7 @@ def test_every_way_out_of_a_refusal_plans(
         size = gcd(*finer)
         rows, group = gcd(stored.block_rows, size), gcd(stored.group_size, size)
         rows = stored.block_rows if stored.block_rows < 2 else rows
-        activations = "none"  # of groups: they go with the weights'
-        changed = replace(stored, group_size=group, block_rows=rows, activations=activations)
+        changed = replace(stored, group_size=group, block_rows=rows)
         make_shard_plan(replace(spec, quantization=changed), tp_size)
     assert text.count('SplitPolicy(scales="replicate")') == len(broken)
     make_shard_plan(spec, tp_size, SplitPolicy(scales="replicate"))

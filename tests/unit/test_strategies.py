@@ -25,7 +25,7 @@ from tpcheck.reference.decoder import build_decoder
 from tpcheck.shard_plan import legal_tp_sizes, make_shard_plan
 from tpcheck.spec import ModelSpec, RopeScaling
 from tpcheck.strategies import Point, fill, model_specs, points, quant_blocks
-from tpcheck.strategies.quantizations import ACTIVATION_WAYS, KV_CACHE_WAYS
+from tpcheck.strategies.quantizations import ACTIVATIONS, KV_CACHES
 
 DEGREES = (2, 3, 4, 6, 8)
 SEARCH = settings(database=None, phases=[Phase.generate, Phase.shrink], max_examples=2000)
@@ -269,12 +269,12 @@ SPEC = ModelSpec(64, 64, 96, 1, 8, 4)
 
 
 def test_every_option_of_every_format_is_drawn() -> None:
-    every = strategies.quantizations(activations=ACTIVATION_WAYS, kv_caches=KV_CACHE_WAYS)
+    every = strategies.quantizations()
     found = drawn(every, 2500)
     for field in dataclasses.fields(Quantization):
         assert len({getattr(one, field.name) for one in found}) > 1, field.name
     assert {one.format for one in found} == set(FORMATS)
-    assert {one.kv_cache for one in found} == set(KV_CACHE_WAYS)
+    assert {one.kv_cache for one in found} == set(KV_CACHES)
     for name in FORMATS:
         mine = [one for one in found if one.format == name]
         assert {one.fused for one in mine} == {False, True}
@@ -288,7 +288,7 @@ def test_every_option_of_every_format_is_drawn() -> None:
             assert {one.desc_act for one in mine} == {False, True}
             assert {one.bits for one in mine} == {4, 8}
         if name in ("fp8", "int8", "mxfp4"):
-            assert {one.activations for one in mine} == set(ACTIVATION_WAYS)
+            assert {one.activations for one in mine} == set(ACTIVATIONS)
         if name in ("fp8", "int8"):
             blocks = {(one.block_rows, one.group_size) for one in mine}
             assert {(1, 0), (0, 0), (128, 128), (8, 8), (4, 8), (64, 64)} <= blocks

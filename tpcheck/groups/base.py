@@ -108,7 +108,8 @@ class Recorder:
 
     `on_enter(call)` and `on_exit()` let the pool publish the operation in flight to the parent;
     `fqn` is the module being executed, kept by execution's trace hooks; `inside` is true while a
-    TPGroup collective runs, so that what it calls below is not logged a second time.
+    TPGroup collective runs, so that what it calls below is not logged a second time. `on_send(op,
+    detail, operands)` is asked before a TPGroup collective, when somebody follows its operands.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class Recorder:
         self.calls: list[Collective] = []
         self.fqn = ""
         self.inside = False
+        self.on_send: Callable[[str, str, tuple[torch.Tensor, ...]], None] | None = None
         self._sequence = 0
         self._on_enter = on_enter
         self._on_exit = on_exit
@@ -234,6 +236,8 @@ class RecordedGroup:
         def run(t: torch.Tensor) -> torch.Tensor:
             return primitive(t) if self.size > 1 else t.clone()
 
+        if self.recorder.on_send is not None:
+            self.recorder.on_send(op, detail, (x,))
         call = self.recorder.enter(op, tuple(x.shape), str(x.dtype).removeprefix("torch."), detail)
         try:
             if self.interceptor is not None:

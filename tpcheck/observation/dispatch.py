@@ -8,22 +8,20 @@ belongs in the schedule. A dispatch mode sees all three in code nobody here wrot
 [Noise Floor] A narrowing op's result is moved by up to half an ulp of the narrow dtype, at random,
 in a second run; the response of the output is what rounding at those casts can do to it.
 
-[Codes] A cast to 8 bits, or a rounding to integers, is a quantizer: part of the function. What it
-gives is a code, the same at every degree except where a value lies between two codes, and how often
-that is follows from what is moved before it. Moving codes themselves would declare every bug
-smaller than a quantum to be noise. Only a cast to 8 bits that TP=1 does not make is a rounding: of
-what the ranks send each other.
+Quantizers are no noise: codes.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 
 from tpcheck.groups.base import Recorder
+from tpcheck.observation.codes import CastKey, Codes
 from tpcheck.observation.dispatch_mode import PlainMode
 from tpcheck.trace import NarrowCast
 
@@ -55,11 +53,6 @@ _EXACT = {
     ).split()
 }
 """Ops that move or make values without rounding them."""
-
-_TO_INTEGERS = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc"}
-
-CastKey = tuple[str, str, str]
-"""The module's FQN, the source dtype, the target dtype."""
 
 
 class Choice:
@@ -127,7 +120,7 @@ class Watch(PlainMode):
         wanted: the dtype the subject was asked to compute in; whatever it computes in a narrower
             one counts as a cast, because code may hold its weights in float32 from the start.
         perturb: a generator; narrowing results are moved by up to half an ulp with it.
-        codes: the quantizers of TP=1, where this is another degree: [Codes].
+        codes: what keeps the quantizers of this forward.
         pinned: choices of a reference forward, in order; top-k returns these indices instead.
         rank: whose piece of them, where this rank chooses for its own tokens only.
     """
@@ -138,7 +131,7 @@ class Watch(PlainMode):
         *,
         wanted: torch.dtype | None = None,
         perturb: torch.Generator | None = None,
-        codes: Collection[CastKey] | None = None,
+        codes: Codes | None = None,
         pinned: Sequence[Choice] | None = None,
         rank: int = 0,
     ) -> None:
@@ -148,23 +141,32 @@ class Watch(PlainMode):
         self._recorder = recorder
         self._wanted = wanted
         self._perturb = perturb
-        self._known_codes = codes
         self._pinned = pinned
         self._rank = rank
         self._casts: dict[CastKey, int] = {}
-        self.codes: dict[CastKey, None] = {}
+        self.codes = codes or Codes()
         self._open = False
         self._logged = False
 
     @property
     def casts(self) -> tuple[NarrowCast, ...]:
         """Narrowing casts so far, one entry per (module, source, target)."""
-        return tuple(NarrowCast(*key, count) for key, count in self._casts.items())
+        counts = Counter(self._casts)
+        counts.update(self.codes.rounding)
+        return tuple(NarrowCast(*key, count) for key, count in counts.items())
 
     @property
     def saw_something(self) -> bool:
         """Whether this forward cast, chose, or called torch.distributed."""
-        return bool(self._casts or self.codes or self.choices or self._logged)
+        return bool(self._casts or self.codes.found or self.choices or self._logged)
+
+    def __enter__(self) -> Self:
+        self._recorder.on_send = self.codes.send
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._recorder.on_send = None
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
@@ -185,11 +187,13 @@ class Watch(PlainMode):
             return self._choose(name, func, args, kwargs)
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor):
-            return self._seen(func, args, result)
-        if isinstance(result, tuple) and any(isinstance(x, torch.Tensor) for x in result):
-            return tuple(
+            result = self._seen(func, args, result)
+            self.codes.follow(func, args, (result,))
+        elif isinstance(result, tuple) and any(isinstance(x, torch.Tensor) for x in result):
+            result = tuple(
                 self._seen(func, args, x) if isinstance(x, torch.Tensor) else x for x in result
             )
+            self.codes.follow(func, args, result)
         return result
 
     def _seen(self, func: Any, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor:
@@ -198,7 +202,7 @@ class Watch(PlainMode):
             return result
         widest = _widest(args)
         source = widest or result.dtype
-        if self._is_code(func, source, result.dtype):
+        if self.codes.note(func, (self._recorder.fqn, _name(source), _name(result.dtype)), result):
             return result
         cast = widest is not None and _eps(result.dtype) > _eps(widest)
         narrow = self._wanted is not None and _eps(result.dtype) > _eps(self._wanted)
@@ -210,19 +214,6 @@ class Watch(PlainMode):
             return result
         moved = half_ulp_noise(result, self._perturb)
         return result.copy_(moved) if _writes(func) else moved
-
-    def _is_code(self, func: Any, source: torch.dtype, target: torch.dtype) -> bool:
-        """Note a quantizer and say that it is one: [Codes]."""
-        if _plain_name(func) in _TO_INTEGERS:
-            self.codes[(self._recorder.fqn, _name(source), "integers")] = None
-            return True
-        if target.itemsize > 1 or source == target:
-            return False
-        key = (self._recorder.fqn, _name(source), _name(target))
-        if self._known_codes is not None and key not in self._known_codes:
-            return False
-        self.codes[key] = None
-        return True
 
     def _choose(
         self, name: str, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -264,6 +255,7 @@ class Watch(PlainMode):
         self._close()
         shape = () if tensor is None else tuple(tensor.shape)
         dtype = "" if tensor is None else str(tensor.dtype).removeprefix("torch.")
+        self.codes.send(op, "", args)
         self._recorder.enter(op, shape, dtype, "torch.distributed")
         self._recorder.inside = False
         self._open = self._logged = True

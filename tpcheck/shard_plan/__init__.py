@@ -20,6 +20,7 @@ from tpcheck.shard_plan.costs import Load, RankCost, costs, imbalance
 from tpcheck.shard_plan.cuts import Cut, Run, cut, fused_cut, tensor_cuts
 from tpcheck.shard_plan.planning import best_plan, legal_tp_sizes, make_shard_plan
 from tpcheck.shard_plan.policy import STRICT, SplitPolicy
+from tpcheck.shard_plan.quant import stored_cuts
 from tpcheck.shard_plan.records import Padded, RankPlan, ShardPlan, Span
 from tpcheck.shard_plan.tensors import LogicalTensor, logical_tensors
 
@@ -43,5 +44,6 @@ __all__ = [
     "legal_tp_sizes",
     "logical_tensors",
     "make_shard_plan",
+    "stored_cuts",
     "tensor_cuts",
 ]

@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 from tpcheck.placement import Placement, Replicate, Shard, Slices
 from tpcheck.quantization import Quantization
-from tpcheck.shard_plan.cuts import Cut, Run
-from tpcheck.shard_plan.records import Span
-from tpcheck.shard_plan.tensors import LogicalTensor
+from tpcheck.shard_plan.cuts import Cut, Run, tensor_cuts
+from tpcheck.shard_plan.records import ShardPlan, Span
+from tpcheck.shard_plan.tensors import LogicalTensor, logical_tensors
 from tpcheck.spec import ModelSpec
 
 OUT, IN = 0, 1
@@ -214,6 +214,23 @@ def first_index(component: Component, dim: int, offset: int) -> int:
     """Return the first index of a stored dim that serves a weight which begins at row `offset`."""
     axis = component.axes[dim]
     return offset // axis.unit if axis and axis.side == OUT else 0
+
+
+def stored_cuts(spec: ModelSpec, plan: ShardPlan) -> dict[str, tuple[Cut, ...]]:
+    """Return every rank's part of every stored tensor, by its name: codes and scales where there
+    are some, and the weights that are not quantized."""
+    tensors, whole = logical_tensors(spec), tensor_cuts(spec, plan)
+    stored: dict[str, tuple[Cut, ...]] = {}
+    for name, parts in whole.items():
+        if not quantized(spec, name, tensors[name]):
+            stored[name] = parts
+            continue
+        assert spec.quantization is not None
+        weight = stored_as(spec.quantization, tensors, name)
+        for suffix, component in components(spec.quantization, weight.shape).items():
+            held_by = (held(part, component, plan.policy.scales, weight.offset) for part in parts)
+            stored[f"{name.removesuffix('weight')}{suffix}"] = tuple(one.cut for one in held_by)
+    return stored
 
 
 def serving(component: Component, holding: Held, part: Cut, side: int, size: int) -> Sequence[int]:

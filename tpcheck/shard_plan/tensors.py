@@ -65,7 +65,9 @@ def _attention(prefix: str, spec: ModelSpec) -> dict[str, LogicalTensor]:
         tensors[f"{prefix}.k_norm.weight"] = LogicalTensor((keys,), "kv")
     if spec.quantization is not None and spec.quantization.kv_cache != "none":
         per_head = spec.quantization.kv_cache == "head"
-        scale = LogicalTensor((spec.num_key_value_heads,), "kv") if per_head else LogicalTensor((1,))
+        scale = (
+            LogicalTensor((spec.num_key_value_heads,), "kv") if per_head else LogicalTensor((1,))
+        )
         tensors |= {f"{prefix}.k_scale": scale, f"{prefix}.v_scale": scale}
     if spec.attention_sinks:
         tensors[f"{prefix}.sinks"] = LogicalTensor((spec.num_attention_heads,), "query")

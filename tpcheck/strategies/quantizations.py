@@ -28,10 +28,8 @@ from tpcheck.shard_plan.units import shared_features
 from tpcheck.spec import ModelSpec
 from tpcheck.strategies.tables import pick_equally, require_degrees
 
-ACTIVATIONS = ("none",)
-KV_CACHES = ("none",)
-ACTIVATION_WAYS = ("none", "token", "group")
-KV_CACHE_WAYS = ("none", "tensor", "head")
+ACTIVATIONS = ("none", "token", "group")
+KV_CACHES = ("none", "tensor", "head")
 
 _GROUPS = (0, 2, 3, 4, 8, 12, 16, 24, 32, 64, 128)
 """0 is GPTQ's -1; 32, 64 and 128 are published; words of 8 codes cut through 3, 12 and 4."""
@@ -106,8 +104,8 @@ def quantizations(
     """
     for name, given, known in (
         ("formats", formats, FORMATS),
-        ("activations", activations, ACTIVATION_WAYS),
-        ("kv_caches", kv_caches, KV_CACHE_WAYS),
+        ("activations", activations, ACTIVATIONS),
+        ("kv_caches", kv_caches, KV_CACHES),
     ):
         _require_known(name, given, known)
     formats = tuple(formats)
