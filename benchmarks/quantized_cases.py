@@ -114,7 +114,7 @@ def chunk(seed: int) -> list[dict[str, Any]]:
                     "case": number,
                     "format": point.spec.quantization.format,
                     "backend": backend,
-                    "policy": "strict" if policy.scales == "refuse" else policy.scales,
+                    "scales": policy.scales,
                     "tp_size": point.tp_size,
                     "dtype": point.dtype,
                     "outcome": verdict.outcome,
@@ -172,7 +172,7 @@ def write(path: Path, rows: list[dict[str, Any]], minutes: float) -> None:
         "false_alarm_rate_95": clopper_pearson(len(alarms), len(rows)),
         "by_format": {name: summary(mine) for name, mine in sorted(by_format.items())},
         "verdicts_by_dtype_and_degree": counts(rows, "dtype", "tp_size"),
-        "verdicts_by_scales": counts(rows, "policy"),
+        "verdicts_by_scales": counts(rows, "scales"),
         "minutes": round(minutes, 1),
         "environment": environment.collect(),
     }

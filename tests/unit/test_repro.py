@@ -27,6 +27,7 @@ from tpcheck.repro.harness import recorded_script
 from tpcheck.repro.scripts import shows_failure
 from tpcheck.repro.values import Values
 from tpcheck.repro.wording import WIDTH, Statement, laid_out
+from tpcheck.shard_plan import STRICT
 from tpcheck.spec import ModelSpec
 
 OUT_OF_REACH = {
@@ -41,7 +42,11 @@ OUT_OF_REACH = {
     "kv_copies_declared_shards": "the forward is right",
     "wrong_shard_dim": "the forward is right",
     "one_rank_raises": "nothing that torch does raises",
-}
+} | dict.fromkeys(
+    [name for name, one in FAULTS.items() if one.policy != STRICT or "quantization" in one.needs]
+    + ["float8_wire", "int4_wire", "small_blocks_shrink"],
+    "codes and scales take more than a page",
+)
 """Failures of which no script of a page can be made, and why."""
 
 SHOWN = [name for name in FAULTS if name not in OUT_OF_REACH][::5]
