@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import tpcheck
 from properties.layers import integers
+from tpcheck.numerics.low_precision import LOW_PRECISION
 from tpcheck.numerics.reduction import KINDS, reduce
 from tpcheck.pytest_plugin import tp_degrees
 from tpcheck.strategies import dtypes
@@ -46,7 +47,7 @@ def test_whole_numbers_sum_to_the_same_bits_in_any_order_of_reduction(tp_size, c
     ranks = [torch.randint(-8, 9, (count,), generator=generator) for _ in range(tp_size)]
     expected = sum(ranks)
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        for kind in KINDS:
+        for kind in (kind for kind in KINDS if kind not in LOW_PRECISION):
             total = reduce([x.to(dtype) for x in ranks], "sum", kind)
             assert total.dtype == dtype
             assert torch.equal(total.long(), expected), (dtype, kind)
