@@ -44,6 +44,30 @@ RUN = {
     "--quiet": False,
     "--no-progress": False,
 }
+DRIFT = {
+    "subject": None,
+    "--tp": None,
+    "--backend": "auto",
+    "--ranks-per-gpu": None,
+    "--dtype": ["bfloat16", "float16"],
+    "--wire": [],
+    "--declared": None,
+    "--fallback": None,
+    "--width": False,
+    "--cases": None,
+    "--max-failures": None,
+    "--case": None,
+    "--batch": None,
+    "--seq-len": None,
+    "--seed": 0,
+    "--atol": None,
+    "--rtol": None,
+    "--preset": None,
+    "--timeout": 120.0,
+    "--json": None,
+    "--quiet": False,
+    "--no-progress": False,
+}
 SELFCHECK = {
     "--tp": None,
     "--backend": "sim",
@@ -64,7 +88,20 @@ PLAN = {
     "--json": None,
     "--quiet": False,
 }
-COMMANDS = {"run": RUN, "plan": PLAN, "selfcheck": SELFCHECK}
+PROBE = {
+    "--tp": None,
+    "--backend": "auto",
+    "--ranks-per-gpu": None,
+    "--dtype": ["bfloat16", "float16", "float32"],
+    "--sizes": None,
+    "--collective": None,
+    "--against": None,
+    "--timeout": 120.0,
+    "--json": None,
+    "--quiet": False,
+    "--no-progress": False,
+}
+COMMANDS = {"run": RUN, "drift": DRIFT, "plan": PLAN, "probe": PROBE, "selfcheck": SELFCHECK}
 
 
 def options_of(command: Any) -> dict[str, Any]:

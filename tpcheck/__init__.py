@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SubjectError,
         TPCheckError,
     )
+    from tpcheck.fallback.scoring import ScoringFallback
     from tpcheck.groups.base import TPGroup
     from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
     from tpcheck.planning import PlanResult, plan
@@ -49,6 +50,7 @@ _HOMES = {
     "Replicate": "placement",
     "Report": "records",
     "ScheduleError": "errors",
+    "ScoringFallback": "fallback.scoring",
     "Shard": "placement",
     "Slices": "placement",
     "SubjectError": "errors",
@@ -77,6 +79,7 @@ __all__ = [
     "Replicate",
     "Report",
     "ScheduleError",
+    "ScoringFallback",
     "Shard",
     "Slices",
     "SubjectError",

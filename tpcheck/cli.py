@@ -21,7 +21,7 @@ from tpcheck import cli_options as options
 from tpcheck.cli_output import Outputs, print_error, print_result
 from tpcheck.environment import tpcheck_version
 from tpcheck.errors import TPCheckError
-from tpcheck.progress import progress_bar
+from tpcheck.progress import Progress, progress_bar
 from tpcheck.records import EXIT_CODES, USAGE_ERROR
 
 INTERRUPTED = 130
@@ -99,9 +99,7 @@ def run(
         raise TPCheckError("SUBJECT is missing; `tpcheck run --list` shows the builtin ones")
     tp_sizes = options.parse_tp_sizes(tp)
     outputs = Outputs(json_path, html, junit, markdown)
-    _serve_if_torchrun_wants(backend, ranks_per_gpu)
-    outputs.assert_writable()
-    with _interruptible(), progress_bar(enabled=not (quiet or no_progress)) as progress:
+    with _running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
         from tpcheck import workflow
 
         report = workflow.run(
@@ -126,6 +124,69 @@ def run(
         )
     outputs.write(report)
     outputs.show(report, quiet=quiet)
+    raise typer.Exit(report.exit_code)
+
+
+@app.command()
+def drift(
+    subject: Annotated[
+        str,
+        typer.Argument(help="package.module:attr, file.py:attr, builtin:NAME, hf:DIR or ref:DIR."),
+    ],
+    tp: options.Tp = None,
+    backend: options.BackendOption = options.Backend.auto,
+    ranks_per_gpu: options.RanksPerGpu = None,
+    dtype: options.DTypes = [options.DType.bfloat16, options.DType.float16],  # noqa: B006
+    wire: options.Wires = [],  # noqa: B006 - typer copies it
+    declared: options.DeclaredOption = None,
+    fallback: options.Fallback = None,
+    width: options.Width = False,
+    cases: options.Cases = None,
+    max_failures: options.MaxFailures = None,
+    case: options.CaseId = None,
+    batch: options.Batch = None,
+    seq_len: options.SeqLen = None,
+    seed: options.Seed = 0,
+    atol: options.Atol = None,
+    rtol: options.Rtol = None,
+    preset: options.Preset = None,
+    timeout: options.Timeout = 120.0,
+    json_path: options.JsonPath = None,
+    quiet: options.Quiet = False,
+    no_progress: options.NoProgress = False,
+) -> None:
+    """How far does SUBJECT drift, per degree, dtype and dtype on the wire? Verdicts as of run."""
+    tp_sizes = options.parse_tp_sizes(tp)
+    outputs = Outputs(json_path)
+    with _running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
+        from tpcheck import drift_command
+
+        report = drift_command.drift(
+            subject,
+            tp_sizes,
+            backend=backend.value,
+            ranks_per_gpu=ranks_per_gpu,
+            dtypes=tuple(dict.fromkeys(one.value for one in dtype)),
+            cases=cases,
+            max_failures=max_failures,
+            case=case,
+            batch=batch,
+            seq_len=seq_len,
+            seed=seed,
+            atol=atol,
+            rtol=rtol,
+            preset=preset,
+            wires=tuple(wire),
+            declared=declared.value if declared else "",
+            fallback=fallback or (),
+            width=width,
+            timeout_s=timeout,
+            progress=progress,
+        )
+    from tpcheck.render.drift import render_drift
+    from tpcheck.report import to_json
+
+    outputs.publish(to_json(report), render_drift(report), quiet=quiet)
     raise typer.Exit(report.exit_code)
 
 
@@ -161,6 +222,47 @@ def plan(
 
 
 @app.command()
+def probe(
+    tp: options.Tp = None,
+    backend: options.BackendOption = options.Backend.auto,
+    ranks_per_gpu: options.RanksPerGpu = None,
+    dtype: options.DTypes = list(options.DType),  # noqa: B006 - typer copies it
+    sizes: options.MessageSizes = None,
+    collective: options.Collective = None,
+    against: options.Against = None,
+    timeout: options.Timeout = 120.0,
+    json_path: options.JsonPath = None,
+    quiet: options.Quiet = False,
+    no_progress: options.NoProgress = False,
+) -> None:
+    """In which order does this machine's all-reduce add, and how does it round? Per size."""
+    tp_sizes, counts = options.parse_tp_sizes(tp), options.parse_message_sizes(sizes)
+    outputs = Outputs(json_path)
+    with _running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
+        from tpcheck import probe_command, probe_sweep
+
+        dtypes = tuple(one.value for one in dtype)
+        degrees = tp_sizes or probe_sweep.DEFAULT_TP_SIZES
+        counts = counts or probe_sweep.DEFAULT_SIZES
+        other = probe_command.read_other(against, degrees, dtypes, counts)
+        report = probe_sweep.probe_reductions(
+            tp_sizes,
+            backend=backend.value,
+            ranks_per_gpu=ranks_per_gpu,
+            dtypes=dtypes,
+            sizes=counts,
+            collective=probe_command.collective_ref(collective),
+            timeout_s=timeout,
+            progress=progress,
+        )
+        found = probe_command.probe_record(report, other, str(against or ""))
+    from tpcheck.render.probe import render_probe
+
+    outputs.publish(found, render_probe(found), quiet=quiet)
+    raise typer.Exit(probe_command.exit_code(found))
+
+
+@app.command()
 def selfcheck(
     tp: options.Tp = None,
     backend: options.BackendOption = options.Backend.sim,
@@ -173,9 +275,7 @@ def selfcheck(
     """Plant every known fault; which check catches it? Fails when one survives."""
     tp_sizes = options.parse_tp_sizes(tp)
     outputs = Outputs(json_path)
-    _serve_if_torchrun_wants(backend, None)
-    outputs.assert_writable()
-    with _interruptible(), progress_bar(enabled=not (quiet or no_progress)) as progress:
+    with _running(outputs, backend, None, bar=not (quiet or no_progress)) as progress:
         from tpcheck import fault_matrix
 
         matrix = fault_matrix.selfcheck(
@@ -190,6 +290,17 @@ def selfcheck(
     found = matrix.to_json()
     outputs.publish(found, render_selfcheck(found), quiet=quiet)
     raise typer.Exit(0 if matrix.passed else EXIT_CODES["WRONG"])
+
+
+@contextmanager
+def _running(
+    outputs: Outputs, backend: options.Backend, ranks_per_gpu: int | None, *, bar: bool
+) -> Iterator[Progress | None]:
+    """Yield what a run reports its progress to, once the outputs are known to be writable."""
+    _serve_if_torchrun_wants(backend, ranks_per_gpu)
+    outputs.assert_writable()
+    with _interruptible(), progress_bar(enabled=bar) as progress:
+        yield progress
 
 
 def _serve_if_torchrun_wants(backend: options.Backend, ranks_per_gpu: int | None) -> None:

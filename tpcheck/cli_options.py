@@ -42,6 +42,15 @@ class KvDType(StrEnum):
     float8 = "float8"
 
 
+class Declared(StrEnum):
+    """How an engine says it sums."""
+
+    ring = "ring"
+    tree = "tree"
+    wide = "wide"
+    fp32_wire = "fp32_wire"
+
+
 def parse_tp_sizes(text: str | None) -> tuple[int, ...] | None:
     """Return the degrees of `--tp 2,4,8` in order, each once; None stands for the default.
 
@@ -54,6 +63,20 @@ def parse_tp_sizes(text: str | None) -> tuple[int, ...] | None:
     if not all(piece.isascii() and piece.isdigit() and int(piece) > 0 for piece in pieces):
         raise TPCheckError(f"--tp={text!r}, but should be whole numbers of at least 1 like 2,4,8")
     return tuple(dict.fromkeys(int(piece) for piece in pieces))
+
+
+def parse_message_sizes(text: str | None) -> tuple[int, ...] | None:
+    """Return the elements of `--sizes 1,4096`, each once; None stands for the default sweep.
+
+    Raises:
+        TPCheckError: not whole numbers of at least 1, separated by commas.
+    """
+    if text is None:
+        return None
+    pieces = [piece.strip() for piece in text.split(",")]
+    if not all(piece.isascii() and piece.isdigit() and int(piece) > 0 for piece in pieces):
+        raise TPCheckError(f"--sizes={text!r}, but should be numbers of elements like 1,4096")
+    return tuple(dict.fromkeys(map(int, pieces)))
 
 
 def _tolerance(param: typer.CallbackParam, value: float | None) -> float | None:
@@ -90,6 +113,23 @@ RanksPerGpu = Annotated[
 DTypes = Annotated[
     list[DType], typer.Option("--dtype", metavar="|".join(DType), help="Repeatable.")
 ]
+Wires = Annotated[
+    list[str],
+    typer.Option("--wire", metavar="float32|int8_wire|...", help="Repeatable; default: all."),
+]
+DeclaredOption = Annotated[
+    Declared | None,
+    typer.Option("--declared", help="How the engine says it sums; default: ring, Gloo's."),
+]
+Fallback = Annotated[
+    str | None,
+    typer.Option(
+        "--fallback",
+        metavar="LEVEL,...",
+        help="Measure what scoring at TP=1 buys: head,rowwise,full,fp32_wire,fixed_tree.",
+    ),
+]
+Width = Annotated[bool, typer.Option("--width", help="Time each degree's forward and sums.")]
 Cases = Annotated[
     int | None,
     typer.Option("--cases", min=1, help="How many seeds (default 1) or generated cases (25)."),
@@ -142,6 +182,17 @@ CacheDType = Annotated[
 ]
 Weights = Annotated[
     bool, typer.Option("--weights", help="Hold the safetensors headers against the config too.")
+]
+MessageSizes = Annotated[
+    str | None,
+    typer.Option("--sizes", metavar="1,4096", help="Elements per message; default: 1 to 2^21."),
+]
+Collective = Annotated[
+    str | None,
+    typer.Option("--collective", metavar="module:fn", help="Probe your fn(tensor) -> sum."),
+]
+Against = Annotated[
+    Path | None, typer.Option("--against", metavar="OTHER.json", help="Fail where it differs.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the first line only, no progress.")]
 NoProgress = Annotated[bool, typer.Option("--no-progress", help="No progress bar on stderr.")]

@@ -22,7 +22,12 @@ from tpcheck.observation.codes import CastKey, Codes
 from tpcheck.observation.consumption import Consumption, offer_weights, one_ulp_off
 from tpcheck.observation.dispatch import Choice, Watch
 from tpcheck.observation.injection import reduction_noise
-from tpcheck.observation.modules import ModuleTracer, replay_modules, traced_modules
+from tpcheck.observation.modules import (
+    ModuleTracer,
+    fqn_hooks,
+    replay_modules,
+    traced_modules,
+)
 from tpcheck.observation.planting import Plant, Planter
 from tpcheck.observation.program import Program
 from tpcheck.observation.recording import Recording
@@ -357,32 +362,6 @@ def digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
     header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
     return hashlib.blake2b(flat.numpy().tobytes() + header, digest_size=16).hexdigest()
-
-
-@contextlib.contextmanager
-def fqn_hooks(forward: Any, group: RecordedGroup) -> Iterator[None]:
-    """While open, `group.recorder.fqn` names the innermost traced module being executed."""
-    handles = []
-    recorder = group.recorder
-    stack: list[str] = []
-    for fqn, point in traced_modules(forward).items():
-
-        def enter(_module: Any, _args: Any, fqn: str = fqn) -> None:
-            stack.append(fqn)
-            recorder.fqn = fqn
-
-        def leave(_module: Any, _args: Any, _output: Any) -> None:
-            stack.pop()
-            recorder.fqn = stack[-1] if stack else ""
-
-        handles.append(point.module.register_forward_pre_hook(enter))
-        handles.append(point.module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        recorder.fqn = ""
-        for handle in handles:
-            handle.remove()
 
 
 def _checked_shards(shards: Any) -> dict[str, tuple[torch.Tensor, Any]]:

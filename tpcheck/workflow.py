@@ -126,9 +126,7 @@ def run(
         return with_sensitivity(report, plan, ranks, progress) if sensitivity else report
 
 
-def judged(
-    plan: RunPlan, ranks: Ranks, seen: Seen, progress: Progress | None
-) -> Iterator[Verdict]:
+def judged(plan: RunPlan, ranks: Ranks, seen: Seen, progress: Progress | None) -> Iterator[Verdict]:
     """Yield every verdict of a plan, case by case; `seen` collects what runs leave behind."""
     verdicts_of = _verdicts if plan.cases else generated_verdicts
     return verdicts_of(plan, ranks, seen, progress)

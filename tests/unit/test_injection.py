@@ -147,3 +147,48 @@ def test_what_adds_nothing_up_rounds_nothing(op):
 
 def test_one_rank_reduces_nothing():
     assert not injected(independent(1), "bfloat16")[0].any()
+
+
+def carried_in(partials, wire, dtype="bfloat16"):
+    """rms error of partials rounded to `dtype`, ring-summed in `wire` and rounded back."""
+    exact, narrow = sum(partials), getattr(torch, dtype)
+
+    def body(world):
+        tp = world.group(seed=0, dtype=narrow, weight_dtype=narrow)
+        return tp.all_reduce(partials[world.rank].to(narrow).to(getattr(torch, wire))).to(narrow)
+
+    reduced = on_ranks(body, len(partials))[0]
+    return rms(reduced.double() - exact), rms(exact.to(narrow).double() - exact)
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("partials", [independent, coherent, cancelling, outlier])
+@pytest.mark.parametrize(
+    ("dtype", "wire"),
+    [("bfloat16", "float32"), ("bfloat16", "float16"), ("float16", "bfloat16")],
+)
+def test_a_wire_of_another_dtype_is_predicted(size, partials, dtype, wire):
+    terms = partials(size)
+    error, at_1 = carried_in(terms, wire, dtype)
+
+    def body(world):
+        tp = world.group(seed=0, dtype=torch.float64, weight_dtype=torch.bfloat16)
+        exact = tp.all_reduce(terms[world.rank])
+        tp.interceptor = reduction_noise(dtype, "ring", 1, wire)
+        return tp.all_reduce(terms[world.rank]) - exact
+
+    response = rms(on_ranks(body, size)[0])
+    assert math.sqrt(at_1**2 + response**2) == pytest.approx(error, rel=0.16)
+
+
+@pytest.mark.parametrize("wire", ["", "float32", "float16"])
+def test_what_one_rank_holds_and_the_dtype_can_hold_costs_nothing(wire):
+    rows = torch.where(torch.arange(COUNT) % 4 == 1, normal(3).bfloat16().double(), 0.0)
+    terms = [torch.zeros(COUNT).double(), rows, torch.zeros(COUNT).double()]
+
+    def body(world):
+        tp = world.group(seed=0, dtype=torch.float64, weight_dtype=torch.bfloat16)
+        tp.interceptor = reduction_noise("bfloat16", "ring", 1, wire)
+        return tp.all_reduce(terms[world.rank])
+
+    assert torch.equal(on_ranks(body, 3)[0], rows)

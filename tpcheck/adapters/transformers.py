@@ -82,7 +82,7 @@ def build_hf(directory: str | Path) -> Callable[[TPGroup], Callable[..., torch.T
     """Return a build function that runs the model in `directory` under transformers' TP plan.
 
     The forward maps int64 ids [batch, seq] to full logits [batch, seq, vocab] on every rank and
-    carries `facts` (attention, transformers, tp_plan, experts) and `trace_points`.
+    carries `facts` (attention, transformers, tp_plan, experts), `trace_points` and the `model`.
 
     Raises:
         SubjectError: not a model directory.
@@ -114,6 +114,7 @@ def _build(directory: str, tp: TPGroup) -> Callable[..., torch.Tensor]:
         whole: torch.Tensor = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
         return whole
 
+    forward.model = model  # type: ignore[attr-defined]
     forward.facts = _facts(transformers, model, tp)  # type: ignore[attr-defined]
     forward.trace_points = _trace_points(model)  # type: ignore[attr-defined]
     return forward

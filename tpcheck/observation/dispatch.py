@@ -162,7 +162,8 @@ class Watch(PlainMode):
 
     def __enter__(self) -> Self:
         self._recorder.on_send = self.codes.send
-        return super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
 
     def __exit__(self, *error: Any) -> None:
         self._recorder.on_send = None

@@ -23,7 +23,7 @@ import torch
 from tpcheck.groups.base import Interceptor, RecordedGroup
 from tpcheck.numerics.drift import ROUNDING_RMS
 from tpcheck.numerics.low_precision import carried_as, float16_energy, wire_error
-from tpcheck.numerics.reduction import sum_nodes
+from tpcheck.numerics.reduction import sum_steps
 from tpcheck.numerics.ulp import eps
 from tpcheck.trace import Collective
 
@@ -40,7 +40,6 @@ def reduction_noise(dtype: str, kind: str, seed: int, wire: str = "") -> Interce
             of numerics/low_precision.py bring a wire of their own.
     """
     unit = eps(dtype) / 2 * ROUNDING_RMS
-    finer = (eps(wire or dtype) / eps(dtype)) ** 2
     deployed = getattr(torch, dtype)
     carried = carried_as(kind, deployed)
 
@@ -54,8 +53,8 @@ def reduction_noise(dtype: str, kind: str, seed: int, wire: str = "") -> Interce
         if group.size == 1 or call.op not in _SUMS or call.detail in ("max", "min"):
             return result
         partials = list(group._all_gather(x.unsqueeze(0), 0).to(torch.float64).unbind(0))
-        nodes = sum_nodes(partials, carried)
-        energy = _extra_energy(partials, nodes, finer)
+        steps = sum_steps(partials, carried)
+        energy = _extra_energy(partials, steps, deployed, getattr(torch, wire or dtype))
         extra = (energy + float16_energy(partials, carried, deployed)).clamp_min(0).sqrt()
         generator = torch.Generator().manual_seed(seed * 7919 + call.sequence)
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * extra.cpu() * unit
@@ -69,16 +68,29 @@ def reduction_noise(dtype: str, kind: str, seed: int, wire: str = "") -> Interce
 
 
 def _extra_energy(
-    partials: Sequence[torch.Tensor], nodes: Sequence[torch.Tensor], finer: float
+    partials: Sequence[torch.Tensor],
+    steps: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor]],
+    deployed: torch.dtype,
+    wire: torch.dtype,
 ) -> torch.Tensor:
     """Return what is rounded at TP=N beyond TP=1's one rounding, as energy in the deployed dtype.
 
-    Args:
-        finer: (wire eps / deployed eps)^2. A coarser wire rounds every partial again, a finer one
-            leaves the total to be rounded as it is at TP=1.
+    A number that a dtype holds is not rounded to it, and a sum with nothing is no sum: an embedding
+    of which one rank has the row costs nothing. A coarser wire rounds the partials again; a finer
+    one leaves the total to be rounded as it is at TP=1.
     """
-    terms = torch.stack([p.square() for p in partials]).sum(0)
-    sums = torch.stack([node.square() for node in nodes]).sum(0)
-    again = terms * finer if finer > 1 else 0.0
-    at_1 = nodes[-1].square() if finer >= 1 else 0.0
-    return terms + again + finer * sums - at_1
+    finer = (eps(wire) / eps(deployed)) ** 2
+    energy = torch.zeros_like(partials[0])
+    for term in partials:
+        energy += _rounded(term, deployed)
+        if finer > 1:
+            energy += finer * _rounded(term, wire)
+    for operands, node in steps:
+        added = torch.stack([operand != 0 for operand in operands]).sum(0) > 1
+        energy += finer * torch.where(added, node.square(), 0.0)
+    return energy - _rounded(steps[-1][1], deployed) if finer >= 1 else energy
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the square of what `dtype` does not hold, 0 of what it does."""
+    return torch.where(x != x.to(dtype).double(), x.square(), 0.0)

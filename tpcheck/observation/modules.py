@@ -8,7 +8,8 @@ the reference's own input, so an upstream error is not blamed on what follows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,32 @@ def _point(fqn: str, entry: Any) -> TracePoint:
             " or (nn.Module, in_placement, out_placement)"
         )
     return TracePoint(module, *placements)
+
+
+@contextlib.contextmanager
+def fqn_hooks(forward: Any, group: RecordedGroup) -> Iterator[None]:
+    """While open, `group.recorder.fqn` names the innermost traced module being executed."""
+    handles = []
+    recorder = group.recorder
+    stack: list[str] = []
+    for fqn, point in traced_modules(forward).items():
+
+        def enter(_module: Any, _args: Any, fqn: str = fqn) -> None:
+            stack.append(fqn)
+            recorder.fqn = fqn
+
+        def leave(_module: Any, _args: Any, _output: Any) -> None:
+            stack.pop()
+            recorder.fqn = stack[-1] if stack else ""
+
+        handles.append(point.module.register_forward_pre_hook(enter))
+        handles.append(point.module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        recorder.fqn = ""
+        for handle in handles:
+            handle.remove()
 
 
 class ModuleTracer:

@@ -23,21 +23,25 @@ from tpcheck.render.content import (
     number,
     subject_line,
 )
+from tpcheck.render.fallback import render_fallback
 from tpcheck.render.text import WIDTH, printable, render_finding
+from tpcheck.render.width import render_width
 
 Row = Mapping[str, Any]
 
 COLUMNS = (
     "tp",
     "on the wire",
-    "TP=1\nin eps",
-    "TP=N\nin eps",
+    "error in eps\nTP=1, TP=N",
     "ratio (predicted)\n[95 %]",
     "flips\n(margin)",
     "KL\nmean",
     "65504 /\nlargest",
     "verdict",
 )
+_LARGE = 100
+"""Ratios from here on are written with three digits."""
+
 NOT_VALID = "prediction not valid here"
 
 
@@ -49,6 +53,8 @@ def render_drift(report: Report) -> str:
         rows = [row for row in drift["rows"] if row["dtype"] == dtype]
         blocks.append("\n".join([_title(dtype, rows), *_table(rows), *_remarks(rows)]))
         blocks.append(_sentences([one for one in drift["findings"] if one["dtype"] == dtype]))
+    blocks.append(render_fallback(drift.get("fallback", ())))
+    blocks += [render_width(one) for one in drift.get("width", ())]
     failing = findings(report)
     blocks += [render_finding(one) for one in failing[:MAX_SHOWN]]
     blocks += [f"... and {len(failing) - MAX_SHOWN} more not PASS"] * (len(failing) > MAX_SHOWN)
@@ -83,23 +89,41 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         str(row["tp_size"]),
         f"{row['reduction']}{' *' if row['deployed'] else ''}",
-        number(row["tp1_epsilons"]),
-        number(row["epsilons"]),
+        ", ".join(filter(None, map(number, (row["tp1_epsilons"], row["epsilons"])))),
         _ratio(row),
         f"{number(row['flips'])}{margin}",
         "" if row["kl_mean"] is None else f"{row['kl_mean']:.1e}",
-        "" if row["float16_headroom"] is None else f"{row['float16_headroom']:.3g}",
+        _times(row["float16_headroom"]),
         row["outcome"],
     )
+
+
+def _times(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if 10 <= value < 1e6 else f"{value:.2g}"
 
 
 def _ratio(row: Row) -> str:
     if row["ratio"] is None:
         return "overflow" if row["overflowed_outputs"] else ""
-    predicted = "not valid" if row["prediction_reason"] else f"{row['predicted']:.2f}"
-    interval = row["interval"]
-    between = f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-    return f"{row['ratio']:.2f} ({predicted}){between}"
+    predicted = "not valid" if row["prediction_reason"] else _brief(row["predicted"])
+    return f"{_brief(row['ratio'])} ({predicted}){_interval(row)}"
+
+
+def _interval(row: Row) -> str:
+    """Write an interval by its ends, of a large ratio by how far they are away at most."""
+    if not row["interval"]:
+        return ""
+    low, high = row["interval"]
+    if row["ratio"] < _LARGE:
+        return f" [{low:.2f}, {high:.2f}]"
+    apart = max(high - row["ratio"], row["ratio"] - low) / row["ratio"]
+    return f" ±{100 * apart:.0f} %"
+
+
+def _brief(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < _LARGE else f"{ratio:.3g}"
 
 
 def _remarks(rows: Sequence[Row]) -> list[str]:

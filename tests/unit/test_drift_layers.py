@@ -1,0 +1,227 @@
+"""What a drift profile says of layers: depth, exact terms, the reduction, the rank that is off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.judging import trace, values
+from tpcheck.drift_layers import (
+    RowParallel,
+    depth,
+    layers_json,
+    row_parallel,
+    split_inputs,
+    summed_elsewhere,
+)
+from tpcheck.numerics.reduction import reduce_sum
+from tpcheck.numerics.ulp import eps
+from tpcheck.observation.modules import PointRecord
+from tpcheck.placement import Partial, Replicate, Shard
+from tpcheck.trace import Collective, Trace
+
+RANKS, TOKENS, WIDTH, HIDDEN = 4, 12, 32, 48
+CALL = Collective(0, "all_reduce", (2, TOKENS, HIDDEN), "bfloat16", "sum", "down")
+
+
+def record(output: Tensor | None, input_: Tensor | None = None, **fields: Any) -> PointRecord:
+    return PointRecord(input_, output, **fields)
+
+
+def traced(**points: PointRecord) -> Trace:
+    return trace(0, {}, extras={"points": points})
+
+
+def weights() -> Tensor:
+    return torch.div(values(HIDDEN, WIDTH, seed=5), WIDTH**0.5)
+
+
+def run(kind: str, *, bias: float = 0.0, scaled: int | None = None) -> list[Trace]:
+    """Return all ranks' traces of a row-parallel layer summed in bfloat16 by a kind."""
+    pieces = values(2, TOKENS, WIDTH, seed=6).bfloat16().chunk(RANKS, -1)
+    parts = weights().chunk(RANKS, 1)
+    terms = [x.double() @ w.T for x, w in zip(pieces, parts, strict=True)]
+    if scaled is not None:
+        terms[scaled] = terms[scaled] * (1 + 2**-5)
+    sent = [term.bfloat16() for term in terms]
+    total = reduce_sum(sent, kind)
+    return [
+        traced(
+            down=record(
+                total + bias,
+                pieces[rank],
+                in_placement=Shard(-1),
+                out_placement=Replicate(),
+                finished=3,
+                partials=[(CALL, sent[rank], total)],
+            ),
+        )
+        for rank in range(RANKS)
+    ]
+
+
+def answered(native: list[Trace], bias: float = 0.0, power: int = 1) -> dict[str, PointRecord]:
+    """Return what TP=1 gives in float64 for the layer's inputs."""
+    whole = torch.cat([t.extras["points"]["down"].input for t in native], -1)
+    base = traced(down=record(None, whole, finished=0))
+    asked = split_inputs(base, native)
+    return {fqn: record((x @ weights().T) ** power + bias, finished=0) for fqn, x in asked.items()}
+
+
+def layers_of(native: list[Trace], bias: float = 0.0) -> list[RowParallel]:
+    return row_parallel(answered(native, bias), native, "bfloat16")[0]
+
+
+# -- exact terms
+
+
+def test_each_ranks_term_is_exact() -> None:
+    native = run("ring")
+    (layer,) = layers_of(native)
+    pieces = [t.extras["points"]["down"].input.double() for t in native]
+    for rank, (x, w) in enumerate(zip(pieces, weights().chunk(RANKS, 1), strict=True)):
+        torch.testing.assert_close(layer.terms[rank], x @ w.T, rtol=1e-12, atol=1e-12)
+
+
+def test_a_bias_is_in_no_ranks_term() -> None:
+    native = run("ring", bias=3.0)
+    (layer,) = layers_of(native, bias=3.0)
+    (without,) = layers_of(run("ring"))
+    torch.testing.assert_close(layer.terms, without.terms, rtol=0, atol=1e-12)
+    assert torch.equal(layer.actual, without.actual)  # the sum, before the bias was added
+
+
+def test_a_layer_that_is_not_linear_is_left_out_and_says_so() -> None:
+    native = run("ring")
+    found, left_out = row_parallel(answered(native, power=2), native, "bfloat16")
+    assert found == []
+    assert left_out == {"down": "it is not linear: no rank has a term of its own"}
+
+
+@pytest.mark.parametrize(
+    "placements",
+    [
+        {"in_placement": Replicate(), "out_placement": Replicate()},
+        {"in_placement": Shard(-1), "out_placement": Partial()},
+        {"in_placement": None, "out_placement": Replicate()},
+    ],
+)
+def test_only_layers_that_take_pieces_and_give_the_whole_are_asked(placements: Any) -> None:
+    native = run("ring")
+    for one in native:
+        for name, value in placements.items():
+            setattr(one.extras["points"]["down"], name, value)
+    assert answered(native) == {}
+
+
+def test_layers_beyond_the_bound_are_not_sent() -> None:
+    native = run("ring")
+    whole = torch.cat([t.extras["points"]["down"].input for t in native], -1)
+    base = traced(down=record(None, whole, finished=0))
+    needed = (RANKS + 2) * whole.numel() * 8
+    assert list(split_inputs(base, native, needed)) == ["down"]
+    assert split_inputs(base, native, needed - 1) == {}
+
+
+def test_a_layer_whose_sum_was_not_seen_is_named() -> None:
+    native = run("ring")
+    assert summed_elsewhere(["down"], native) == ""
+    native[2].extras["points"]["down"].partials = []
+    assert summed_elsewhere(["down"], native) == "down"
+
+
+# -- which reduction
+
+
+@pytest.mark.parametrize("kind", ["ring", "tree", "wide"])
+def test_the_kind_that_summed_is_identified(kind: str) -> None:
+    found = layers_json(layers_of(run(kind)), kind, "bfloat16")
+    expected = f"{kind} in bfloat16"
+    assert expected in found["reduction"]["identified"].split(" = ")
+    assert found["layers"][0]["findings"][0]["reproduced"] > 0.99
+    assert found["reduction"]["alarm"]["raised"] == ""
+
+
+def test_another_kind_than_the_declared_one_is_an_alarm() -> None:
+    layers = layers_of(run("ring"))
+    found = layers_json([*layers, *layers_of(run("ring"))], "wide", "bfloat16")["reduction"]
+    assert found["alarm"]["raised"] == "wider"
+    assert found["alarm"]["count"] == 2 * layers[0].actual.numel() == found["outputs"]
+
+
+def test_layers_together_are_surer_than_one() -> None:
+    layers = layers_of(run("tree"))
+    one = layers_json(layers, "tree", "bfloat16")["reduction"]
+    two = layers_json(layers * 2, "tree", "bfloat16")["reduction"]
+    assert two["identified"] == one["identified"]
+    assert two["findings"][0]["probability"] >= one["findings"][0]["probability"]
+    assert two["alarm"]["squares"] == pytest.approx(2 * one["alarm"]["squares"])
+
+
+def test_a_kind_that_the_law_does_not_cover_has_no_alarm_and_says_so() -> None:
+    found = layers_json(layers_of(run("ring")), "int8_wire", "bfloat16")["reduction"]
+    assert found["alarm"] is None
+    assert "not int8_wire" in found["alarm_reason"]
+
+
+def test_a_rank_that_is_counted_wrongly_stands_out() -> None:
+    clean = layers_json(layers_of(run("ring")), "ring", "bfloat16")["layers"][0]
+    assert not clean["scaled_rank"]["significant"]
+    found = layers_json(layers_of(run("ring", scaled=2)), "ring", "bfloat16")["layers"][0]
+    assert found["scaled_rank"]["significant"]
+    assert found["scaled_rank"]["rank"] == 2
+    assert found["scaled_rank"]["factor"] == pytest.approx(1 + 2**-5, rel=5e-3)
+
+
+def test_the_energy_of_the_terms_is_shared_out() -> None:
+    found = layers_json(layers_of(run("ring")), "ring", "bfloat16")["layers"][0]["term_energy"]
+    (layer,) = layers_of(run("ring"))
+    energy = layer.terms.flatten(1).square().sum(1)
+    assert found == pytest.approx((energy / energy.sum()).tolist())
+    assert sum(found) == pytest.approx(1)
+
+
+# -- depth
+
+
+def stream(size: float, **more: PointRecord) -> Trace:
+    """Return a trace of two layers, off by so many eps, and a module between them."""
+    points = {
+        f"layers.{i}": record(values(2, 4, 8, seed=i) * (1 + (i + 1) * size), finished=2 * i + 1)
+        for i in range(2)
+    }
+    points["layers.1.mlp"] = record(values(2, 4, 8, seed=9) * (1 + size), finished=2)
+    return traced(**{**points, **more})
+
+
+def test_the_residual_stream_is_measured_after_each_layer() -> None:
+    step = eps("bfloat16")
+    found = depth(stream(step), stream(3 * step), stream(0.0), "bfloat16")
+    assert [point["fqn"] for point in found["points"]] == ["layers.0", "layers.1"]
+    for i, point in enumerate(found["points"]):
+        assert point["tp1_epsilons"] == pytest.approx(i + 1)
+        assert point["epsilons"] == pytest.approx(3 * (i + 1))
+        assert point["ratio"] == pytest.approx(3)
+
+
+def test_drift_begins_where_bits_first_differ() -> None:
+    step = eps("bfloat16")
+    base, native = stream(step), stream(step)
+    assert depth(base, native, stream(0.0), "bfloat16")["begins"] is None
+    changed = record(values(2, 4, 8, seed=9), finished=2)
+    native = stream(step, **{"layers.1.mlp": changed})
+    assert depth(base, native, stream(0.0), "bfloat16")["begins"] == "layers.1.mlp"
+
+
+def test_without_layers_every_whole_module_is_shown_and_pieces_are_not() -> None:
+    points = {
+        "embed": record(values(2, 4, 8), finished=0),
+        "up": record(values(2, 4, 8), finished=1),
+    }
+    base, oracle = traced(**points), traced(**points)
+    native = traced(embed=points["embed"], up=record(values(2, 4, 2), finished=1))
+    found = depth(base, native, oracle, "bfloat16")
+    assert [point["fqn"] for point in found["points"]] == ["embed"]

@@ -1,0 +1,194 @@
+"""Sentences of a drift report, each with the numbers that it rests on.
+
+Requirement: a reader who takes one line away takes one that was measured. A finding is there only
+where there is something to say: which reduction the outputs show, which 16-bit dtype this model's
+sums should travel in, what float32 on the wire buys, what a usual tolerance comes to, where drift
+begins, how the deployed dtypes compare. Pure functions of profiles and of a summary's rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tpcheck.numerics.alarm import RATE, Wealth
+from tpcheck.numerics.tolerance import PRESETS
+
+Json = dict[str, Any]
+
+_SEED = PRESETS["seed-1e-2"][0]
+
+
+def findings_of(profiles: Sequence[Json], rows: Sequence[Json]) -> list[Json]:
+    """Return what the cases of one degree and dtype show.
+
+    Args:
+        profiles: of the cases.
+        rows: a summary's, of the same degree and dtype.
+
+    Returns:
+        Each with `about`, `text` and numbers of its own. `about` is "reduction" (`identified`,
+        `declared`, `raised`, `excess`, `count`), "float16_or_bfloat16" (`better`, `times`,
+        `epsilons` by dtype), "float32_wire" (`ratio`, `instead`), "allclose" (`passes`,
+        `required_both`) or "begins" (`fqn`, `most`: the point of the largest ratio).
+    """
+    found = [_reduction(profiles), _better(rows), _float32_wire(rows), _allclose(rows)]
+    return [one for one in (*found, _begins(profiles)) if one is not None]
+
+
+def compared_dtypes(rows: Sequence[Json]) -> list[Json]:
+    """Say how bfloat16 and float16 as deployed compare at each degree, relative to the output.
+
+    Returns:
+        Findings `about` "dtypes", with `dtype`, `tp_size`, `text` and, of two that hold, `times`.
+    """
+    own = {(row["tp_size"], row["dtype"]): row for row in rows if row["deployed"]}
+    found: list[Json] = []
+    for tp_size in dict.fromkeys(size for size, _ in own):
+        coarse, fine = own.get((tp_size, "bfloat16")), own.get((tp_size, "float16"))
+        if coarse is None or fine is None:
+            continue
+        named: Json = {"about": "dtypes", "tp_size": tp_size}
+        if fine["overflowed_outputs"]:
+            text = f"deployed in float16, {fine['overflowed_outputs']} outputs are not finite"
+            found.append({**named, "dtype": "float16", "text": text})
+        elif coarse["relative_rms"] and fine["relative_rms"]:
+            times = coarse["relative_rms"] / fine["relative_rms"]
+            text = f"deployed in bfloat16 its error is {coarse['relative_rms']:.2g} of the output,"
+            text += f" in float16 {fine['relative_rms']:.2g}: {times:.3g} x"
+            found.append({**named, "dtype": "bfloat16", "times": times, "text": text})
+    return found
+
+
+def _reduction(profiles: Sequence[Json]) -> Json | None:
+    """Say which reduction the row-parallel layers show, and whether it is the declared one."""
+    rows = [profile["rows"] for profile in profiles if profile.get("rows")]
+    if not rows:
+        return None
+    declared, layers = rows[0]["declared"], len(rows[0]["layers"])
+    said = list(dict.fromkeys(_sentence(row["reduction"]) for row in rows))
+    alarms = [row["reduction"]["alarm"] for row in rows]
+    found: Json = {
+        "about": "reduction",
+        "identified": list(dict.fromkeys(row["reduction"]["identified"] for row in rows)),
+        "declared": declared,
+        "raised": None,
+    }
+    text = f"{layers} row-parallel layers show {'; in another case '.join(said)}"
+    if None not in alarms:
+        wealth = _pooled(alarms)
+        found |= {"raised": wealth.alarm(), "excess": wealth.excess, "count": wealth.count}
+        text += f": {_against(wealth, declared)}"
+    return {**found, "text": text}
+
+
+def _sentence(reduction: Json) -> str:
+    """Say what was identified; what gives the same bits is one phrase per dtype on the wire."""
+    first = reduction["findings"][0]
+    if reduction["identified"] != " = ".join(first["hypotheses"]) or len(first["hypotheses"]) < 3:
+        return str(reduction["identified"])
+    wires: dict[str, list[str]] = {}
+    for name in first["hypotheses"]:
+        kind, _, wire = name.rpartition(" in ")
+        wires.setdefault(wire, []).append(kind)
+    said = [f"{', '.join(kinds)} in {wire}" for wire, kinds in wires.items()]
+    return f"one of {'; '.join(said)} (the same bits here)"
+
+
+def _pooled(alarms: Sequence[Mapping[str, Any]]) -> Wealth:
+    """Return the wealth of bets placed one case after the other."""
+    names = ("squares", "expected", "wider", "narrower")
+    totals = {name: sum(float(one[name]) for one in alarms) for name in names}
+    return Wealth(count=sum(one["count"] for one in alarms), **totals)
+
+
+def _against(wealth: Wealth, declared: str) -> str:
+    if not wealth.count:
+        return "nothing to hold against a declared reduction"
+    if not wealth.alarm():
+        return f"errors {wealth.excess:.3g} x those of the declared {declared}, no alarm"
+    return (
+        f"ALARM, errors are {wealth.excess:.3g} x those of the declared {declared}, over"
+        f" {wealth.count} outputs (by chance once in {1 / RATE:,.0f} runs at most)"
+    )
+
+
+def _better(rows: Sequence[Json]) -> Json | None:
+    """Say which of the 16-bit dtypes this model's sums should travel in, by measurement."""
+    found = {row["reduction"]: row for row in rows if row["reduction"] in ("float16", "bfloat16")}
+    if len(found) < 2 or any("reason" in row for row in found.values()):
+        return None
+    numbers = {name: row["epsilons"] for name, row in found.items()}
+    named: Json = {"about": "float16_or_bfloat16", "epsilons": numbers}
+    largest = max(row["largest_partial"] or 0.0 for row in found.values())
+    lost = [name for name, row in found.items() if row["overflowed_outputs"]]
+    if lost:
+        held = next((name for name in found if name not in lost), None)
+        head = f"{held} on the wire is better: " if held else "neither 16-bit dtype will do: "
+        count = found[lost[0]]["overflowed_outputs"]
+        why = f"{lost[0]} overflows, {count} outputs are not finite"
+        why += f" (largest |partial| {largest:.3g} against 65504)"
+        return {**named, "better": held, "text": head + why}
+    if None in numbers.values():
+        return None
+    best, worst = sorted(found, key=lambda name: numbers[name])
+    times = numbers[worst] / numbers[best] if numbers[best] else 1.0
+    spare = found[best]["float16_headroom"]
+    spare_x = "" if spare is None else f"{spare:,.0f}" if spare >= 10 else f"{spare:.2g}"
+    room = f"; largest |partial| {largest:.3g}, room in float16 for {spare_x} x" if spare else ""
+    if _told_apart(found[best], found[worst]):
+        text = f"{best} on the wire is better: error {numbers[best]:.3g} eps against"
+        text += f" {numbers[worst]:.3g} with {worst}, {times:.3g} x{room}"
+        return {**named, "better": best, "times": times, "text": text}
+    text = f"float16 or bfloat16 on the wire makes no measured difference: {numbers[best]:.3g} eps,"
+    text += f" {numbers[worst]:.3g} eps{room}"
+    return {**named, "better": None, "times": times, "text": text}
+
+
+def _told_apart(best: Json, worst: Json) -> bool:
+    """Whether intervals leave no doubt which error is larger; those of the same tokens first."""
+    for row, other in ((best, worst), (worst, best)):
+        if other["deployed"] and row["over_deployed_interval"]:
+            low, high = row["over_deployed_interval"]
+            return bool(high < 1 if row is best else low > 1)
+    if not best["interval"] or not worst["interval"]:
+        return False
+    return bool(best["interval"][1] < worst["interval"][0])
+
+
+def _float32_wire(rows: Sequence[Json]) -> Json | None:
+    """Say what float32 on the wire buys over what is deployed."""
+    named = {row["reduction"]: row for row in rows if not row["deployed"]}
+    wide, own = named.get("float32"), next((row for row in rows if row["deployed"]), None)
+    if wide is None or own is None or None in (wide.get("ratio"), own.get("ratio")):
+        return None
+    text = f"float32 on the wire: {wide['ratio']:.3g} x TP=1's error instead of {own['ratio']:.3g}"
+    if not _told_apart(wide, own):
+        text += ", no measured difference"
+    return {"about": "float32_wire", "ratio": wide["ratio"], "instead": own["ratio"], "text": text}
+
+
+def _allclose(rows: Sequence[Json]) -> Json | None:
+    """Say what the tolerance that people try first comes to here."""
+    own = next((row for row in rows if row["deployed"] and "reason" not in row), None)
+    if own is None or own["required_both"] is None:
+        return None
+    needed = own["required_both"]
+    passes = needed <= _SEED
+    said = "passes" if passes else "fails"
+    text = f"allclose(1e-2, 1e-2) against TP=1 {said}; {needed:.2g} for both is needed"
+    return {"about": "allclose", "passes": passes, "required_both": needed, "text": text}
+
+
+def _begins(profiles: Sequence[Json]) -> Json | None:
+    """Say where TP=N first has other bits, and after which layer it is furthest from TP=1."""
+    depths = [profile["depth"] for profile in profiles if profile.get("depth")]
+    begun = [one for one in depths if one["begins"]]
+    if not begun:
+        return None
+    points = [point for one in begun for point in one["points"] if point["ratio"] is not None]
+    text = f"drift begins in {begun[0]['begins']}"
+    most = max(points, key=lambda point: float(point["ratio"]), default=None)
+    if most is not None:
+        text += f"; the largest ratio is {most['ratio']:.3g}, after {most['fqn']}"
+    return {"about": "begins", "fqn": begun[0]["begins"], "most": most, "text": text}
