@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 
 from tpcheck.groups.base import Recorder
-from tpcheck.observation.codes import CastKey, Codes
+from tpcheck.observation.codes import CastKey, Codes, plain_name
 from tpcheck.observation.dispatch_mode import PlainMode
 from tpcheck.trace import NarrowCast
 
@@ -207,7 +207,7 @@ class Watch(PlainMode):
             return result
         cast = widest is not None and _eps(result.dtype) > _eps(widest)
         narrow = self._wanted is not None and _eps(result.dtype) > _eps(self._wanted)
-        if not cast and (not narrow or _plain_name(func) in _EXACT or _is_view(func)):
+        if not cast and (not narrow or _overload(func) in _EXACT or _is_view(func)):
             return result
         key = (self._recorder.fqn, _name(source), _name(result.dtype))
         self._casts[key] = self._casts.get(key, 0) + 1
@@ -280,11 +280,9 @@ def _writes(func: Any) -> bool:
 
 
 @functools.cache
-def _plain_name(func: Any) -> str:
-    """Return an op's name without what says that it writes into its operand: `aten::round`."""
-    name: str = func.name()
-    op, dot, overload = name.partition(".")
-    return op.removesuffix("_") + dot + overload
+def _overload(func: Any) -> str:
+    """Return an op's plain name with its overload: `aten::where.self`."""
+    return plain_name(func) + "".join(func.name().partition(".")[1:])
 
 
 def _name(dtype: torch.dtype) -> str:

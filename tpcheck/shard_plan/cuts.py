@@ -67,7 +67,7 @@ def cut(spec: ModelSpec, plan: ShardPlan, rank: int, tensor: LogicalTensor) -> C
     if is_even(spec, plan, tensor.split):
         return Cut(tensor.dim, runs, size, Shard(tensor.dim))
     held = [run for run in runs if run.whole.size]
-    return Cut(tensor.dim, runs, size, _slices(tensor.dim, held))
+    return Cut(tensor.dim, runs, size, slices_of(tensor.dim, held))
 
 
 def fused_cut(spec: ModelSpec, plan: ShardPlan, rank: int, parts: Sequence[LogicalTensor]) -> Cut:
@@ -84,9 +84,9 @@ def fused_cut(spec: ModelSpec, plan: ShardPlan, rank: int, parts: Sequence[Logic
     runs: list[Run] = []
     for part in parts:
         one = cut(spec, plan, rank, part)
-        runs += [Run(_moved(run.local, local), _moved(run.whole, whole)) for run in one.runs]
+        runs += [Run(moved(run.local, local), moved(run.whole, whole)) for run in one.runs]
         local, whole = local + one.size, whole + part.shape[dim]
-    return Cut(dim, tuple(runs), local, _slices(dim, [run for run in runs if run.whole.size]))
+    return Cut(dim, tuple(runs), local, slices_of(dim, [run for run in runs if run.whole.size]))
 
 
 def activation_placement(
@@ -100,7 +100,7 @@ def activation_placement(
     if is_even(spec, plan, split):
         return Shard(dim)
     runs, _ = _held_features(spec, plan, rank, split, features_of(spec, split))
-    return _slices(dim, [Run(_over(local, unit), _over(whole, unit)) for local, whole in runs])
+    return slices_of(dim, [Run(_over(local, unit), _over(whole, unit)) for local, whole in runs])
 
 
 def local_size(spec: ModelSpec, plan: ShardPlan, rank: int, split: str) -> int:
@@ -220,12 +220,14 @@ def _total(spec: ModelSpec, split: str) -> int:
     return total
 
 
-def _slices(dim: int, runs: Iterable[Run]) -> Slices:
+def slices_of(dim: int, runs: Iterable[Run]) -> Slices:
+    """Return the placement that says where runs along `dim` lie."""
     before: Region = (slice(None),) * dim
     return Slices([((*before, slice(*run.local)), (*before, slice(*run.whole))) for run in runs])
 
 
-def _moved(span: Span, by: int) -> Span:
+def moved(span: Span, by: int) -> Span:
+    """Return a span that begins `by` indices later."""
     return Span(span.start + by, span.stop + by)
 
 

@@ -18,9 +18,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from tpcheck.placement import Placement, Replicate, Shard, Slices
+from tpcheck.placement import Placement, Replicate, Shard
 from tpcheck.quantization import Quantization
-from tpcheck.shard_plan.cuts import Cut, Run, tensor_cuts
+from tpcheck.shard_plan.cuts import Cut, Run, moved, slices_of, tensor_cuts
 from tpcheck.shard_plan.records import ShardPlan, Span
 from tpcheck.shard_plan.tensors import LogicalTensor, logical_tensors
 from tpcheck.spec import ModelSpec
@@ -190,7 +190,7 @@ def held(part: Cut, component: Component, way: str = "replicate", offset: int = 
     if not found:
         whole = Span(0, component.shape[0])
         return Held(Cut(0, (Run(whole, whole),), whole.size, Replicate()), None)
-    (dim, axis), features = found[0], [_moved(run.whole, offset) for run in part.runs]
+    (dim, axis), features = found[0], [moved(run.whole, offset) for run in part.runs]
     packed = dim == component.packed
     unit = _finer(features, axis.unit) if way == "finer" and not packed else axis.unit
     runs: list[Run] = []
@@ -203,7 +203,7 @@ def held(part: Cut, component: Component, way: str = "replicate", offset: int = 
         else:
             serving += [at + feature // unit - start // unit for feature in range(start, stop)]
         for served in _served(start, stop, axis.unit, unit):
-            whole = _moved(served, -(offset // axis.unit))
+            whole = moved(served, -(offset // axis.unit))
             runs.append(Run(Span(at, at + served.size), whole))
             at += served.size
     placement = _placement(part, dim, axis, runs, offset)
@@ -248,10 +248,6 @@ def serving(component: Component, holding: Held, part: Cut, side: int, size: int
     return [0] * size
 
 
-def _moved(span: Span, by: int) -> Span:
-    return Span(span.start + by, span.stop + by)
-
-
 def _finer(features: Sequence[Span], unit: int) -> int:
     """Return the greatest divisor of a unit that no cut of this rank goes through."""
     return math.gcd(unit, *(edge for span in features for edge in span))
@@ -272,5 +268,4 @@ def _placement(part: Cut, dim: int, axis: Axis, runs: Sequence[Run], offset: int
     aligned = all((edge + offset) % axis.unit == 0 for run in part.runs for edge in run.whole)
     if isinstance(part.placement, Shard) and aligned:
         return Shard(dim)
-    before = (slice(None),) * dim
-    return Slices([((*before, slice(*run.local)), (*before, slice(*run.whole))) for run in runs])
+    return slices_of(dim, runs)
