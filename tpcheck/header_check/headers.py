@@ -40,6 +40,8 @@ class Header(NamedTuple):
     file: str
     dtype: str
     shape: tuple[int, ...]
+    begin: int = 0
+    """The byte of the file at which its elements begin."""
 
 
 class Headers(NamedTuple):
@@ -67,7 +69,7 @@ def read_headers(directory: Path) -> Headers:
         )
     tensors: dict[str, Header] = {}
     for file in files:
-        for name, header in _read_header(directory / file).items():
+        for name, header in read_header(directory / file).items():
             if name in tensors:
                 raise TPCheckError(
                     f"{directory / file}: holds {name!r}, which {tensors[name].file} holds too"
@@ -94,7 +96,29 @@ def _read_index(path: Path) -> dict[str, str]:
     return files
 
 
-def _read_header(path: Path) -> dict[str, Header]:
+def read_header(path: Path) -> dict[str, Header]:
+    """Return every tensor of one file.
+
+    Raises:
+        TPCheckError: the file cannot be read, is cut short or contradicts itself; names it.
+    """
+    fields, begin, size = _read_fields(path)
+    return _tensors(path, fields, begin, size - begin)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the free text of a file's header; what is not text is left out.
+
+    Raises:
+        TPCheckError: the file cannot be read or its header is none; names it.
+    """
+    found = _read_fields(path)[0].get("__metadata__")
+    pairs = found.items() if isinstance(found, dict) else ()
+    return {key: value for key, value in pairs if isinstance(value, str)}
+
+
+def _read_fields(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the header's entries, where the data begin, and the file's size, all in bytes."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -117,7 +141,7 @@ def _read_header(path: Path) -> dict[str, Header]:
         raise TPCheckError(f"{path}: its header is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise TPCheckError(f"{path}: its header is a {type(fields).__name__}, but should be object")
-    return _tensors(path, fields, size - 8 - length)
+    return fields, 8 + length, size
 
 
 def _guess(path: Path) -> str:
@@ -126,7 +150,9 @@ def _guess(path: Path) -> str:
     return "it is a Git LFS pointer, fetch the file itself" if pointer else "it is cut short"
 
 
-def _tensors(path: Path, fields: Mapping[str, Any], data_bytes: int) -> dict[str, Header]:
+def _tensors(
+    path: Path, fields: Mapping[str, Any], begin: int, data_bytes: int
+) -> dict[str, Header]:
     """Hold every entry against the bytes that follow: none overlap, none are left over."""
     found: dict[str, Header] = {}
     ends: list[tuple[int, int, str]] = []
@@ -140,7 +166,7 @@ def _tensors(path: Path, fields: Mapping[str, Any], data_bytes: int) -> dict[str
                 f"{path}: {name}: {dtype}{list(shape)} is {-(-bits // 8)} bytes, but its"
                 f" data_offsets {[start, stop]} hold {stop - start}"
             )
-        found[name] = Header(path.name, dtype, shape)
+        found[name] = Header(path.name, dtype, shape, begin + start)
         ends.append((start, stop, name))
     at = 0
     for start, stop, name in sorted(ends):

@@ -97,14 +97,21 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Return the logits of every token. The ids are int64 [B, T]."""
-        start = 0 if cache is None else cache.length
-        _require_ids(input_ids, start, self.spec)
-        x_BTD = self.embed_tokens(input_ids)
-        if self.positions_TD is not None:
-            x_BTD = x_BTD + self.positions_TD[start : start + input_ids.shape[1]]
+        x_BTD = self.embed(input_ids, 0 if cache is None else cache.length)
         for layer in self.layers:
             x_BTD = layer(x_BTD, cache=cache)
         return self.lm_head(self.norm(x_BTD))  # type: ignore[no-any-return]
+
+    def embed(self, input_ids: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """Return what the first layer gets. The ids are int64 [B, T], the first at `start`."""
+        require_ids(input_ids, start, self.spec)
+        x_BTD: torch.Tensor = self.embed_tokens(input_ids)
+        positions_TD = self.learned_positions(start, start + input_ids.shape[1])
+        return x_BTD if positions_TD is None else x_BTD + positions_TD
+
+    def learned_positions(self, start: int, stop: int) -> torch.Tensor | None:
+        """Return what is added to tokens at these positions; None where nothing is."""
+        return None if self.positions_TD is None else self.positions_TD[start:stop]
 
     def prefill(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, State]:
         """Return the logits of a prompt, and the state to go on from."""
@@ -121,7 +128,12 @@ class Decoder(nn.Module):
         return dict(self._shards)
 
 
-def _require_ids(input_ids: torch.Tensor, start: int, spec: ModelSpec) -> None:
+def require_ids(input_ids: torch.Tensor, start: int, spec: ModelSpec) -> None:
+    """Raise where ids [B, T] are none of this spec, or reach behind its learned positions.
+
+    Raises:
+        SubjectError: names what they are, and what they should be.
+    """
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
         shape, dtype = list(input_ids.shape), input_ids.dtype
         raise SubjectError(f"input_ids={shape} {dtype}, but should be [batch, tokens] int64")

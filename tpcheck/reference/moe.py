@@ -14,6 +14,8 @@ f features of one expert; capital = full, lower case = this rank's.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -73,6 +75,20 @@ class Expert(nn.Module):
         return row_term(y_f, self.down_Df, self.real)
 
 
+class LateExpert(nn.Module):
+    """An expert that is made when tokens come and dropped when they left: one at a time is held."""
+
+    def __init__(self, name: str, spec: ModelSpec, weights: RankWeights) -> None:
+        super().__init__()
+        self.make = partial(Expert, name, spec, weights)
+        bias_D = weights.load_optional(f"{name}.down_proj.bias")
+        self.bias_D = None if bias_D is None else frozen(bias_D)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the expert gives; where no token came there is nothing to read it for."""
+        return self.make()(x) if len(x) else x
+
+
 class Experts(nn.ModuleList):
     """x [B, T, D], shares [B, T, E] -> y [B, T, D], this rank's term of the sum."""
 
@@ -101,8 +117,9 @@ class SparseMLP(nn.Module):
         name = f"model.layers.{layer}.mlp"
         self.tp = tp
         self.gate = Router(f"{name}.gate", spec, weights)
+        one = LateExpert if weights.late else Expert
         self.experts = Experts(
-            Expert(f"{name}.experts.{expert}", spec, weights) for expert in range(spec.num_experts)
+            one(f"{name}.experts.{expert}", spec, weights) for expert in range(spec.num_experts)
         )
         self.shared_expert: Expert | None = None
         if spec.shared_expert_intermediate_size:

@@ -1,7 +1,8 @@
 """The tensors of a model directory, read slice by slice.
 
 Requirement: a rank reads the bytes that it holds, whatever their format; names, shapes and dtypes
-come from the files' headers.
+come from the files' headers. What lies in one piece is read plainly (plain_file), so that it is in
+memory once; a cut through every row is taken from the mapped file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from tpcheck.errors import SubjectError, TPCheckError
 from tpcheck.files import read_json
 from tpcheck.hf_config import describe_directory
+from tpcheck.reference.plain_file import PlainFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -25,12 +27,18 @@ class Checkpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self._handles: dict[str, Any] = {}
+        self._plain: dict[str, PlainFile] = {}
         self._files = self._map_names()
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every tensor's name, as stored."""
         return tuple(self._files)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of the files that hold them, sorted."""
+        return tuple(sorted(set(self._files.values())))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape. Reads the file's header only."""
@@ -55,7 +63,13 @@ class Checkpoint:
         Reads those bytes only, as far as pages allow: a cut along dim 1 takes a few bytes of every
         row, so that the kernel may read most of that tensor. What stays in memory is the slice.
         """
-        whole = self._open(self._file(name)).get_slice(name)
+        file = self._file(name)
+        if file not in self._plain:
+            self._plain[file] = PlainFile(self.directory / file)
+        plain = self._plain[file].slice(name, dim, start, stop, index)
+        if plain is not None:
+            return plain
+        whole = self._open(file).get_slice(name)
         stack = () if index is None else (index,)
         if start == stop:  # safetensors refuses empty slices
             shape = list(whole.get_shape())[len(stack) :]

@@ -25,7 +25,12 @@ __all__ = ["GeneratedWeights", "RankWeights", "Weights"]
 
 
 class RankWeights:
-    """One rank's cut of every weight; `shards` notes each with its placement as it is loaded."""
+    """One rank's cut of every weight; `shards` notes each with its placement as it is loaded.
+
+    `late`: modules that come in numbers, experts, read their weights when they run (transient).
+    """
+
+    late = False
 
     def __init__(self, spec: ModelSpec, plan: ShardPlan, tp: TPGroup, source: Weights) -> None:
         self._spec, self._plan, self._rank = spec, plan, tp.rank
