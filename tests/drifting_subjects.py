@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed._functional_collectives as functional
 
 import tpcheck
+from tests.subjects import bare_row
 
 VOCAB, HIDDEN, FEATURES = 131, 64, 256
 MASSIVE = 2.0**17
@@ -45,6 +47,101 @@ def own_calls(tp):
         return summed
 
     return _model(tp, 1.0, total)
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=16)
+def own_async_calls(tp):
+    def total(partial):
+        summed = partial.clone()
+        handle = torch.distributed.all_reduce(summed, group=tp.process_group, async_op=True)
+        handle.wait()
+        return summed
+
+    return _model(tp, 1.0, total)
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=16)
+def own_functional_calls(tp):
+    return _model(tp, 1.0, lambda x: functional.all_reduce(x, "sum", tp.process_group))
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=16)
+def own_scattered_calls(tp):
+    """Sum pieces, then gather them, padded to a piece per rank."""
+
+    def total(partial):
+        flat = partial.flatten()
+        padded = torch.nn.functional.pad(flat, (0, -flat.numel() % tp.size))
+        mine, whole = padded.new_empty(padded.numel() // tp.size), torch.empty_like(padded)
+        torch.distributed.reduce_scatter_tensor(mine, padded, group=tp.process_group)
+        torch.distributed.all_gather_into_tensor(whole, mine, group=tp.process_group)
+        return whole[: flat.numel()].view_as(partial)
+
+    return _model(tp, 1.0, total)
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=16)
+def own_groups(tp):
+    """Sum over pairs of ranks, then over the pairs: groups of the subject's own."""
+    size = tp.size
+    pairs = [[i, i + 1] for i in range(0, size, 2)] + [[i, i + size // 2] for i in range(size // 2)]
+    made = [torch.distributed.new_group(ranks) for ranks in pairs] if size == 4 else []
+    own = [made[i] for i, ranks in enumerate(pairs) if made and tp.rank in ranks]
+
+    def total(partial):
+        summed = partial.clone()
+        for group in own or [tp.process_group]:
+            torch.distributed.all_reduce(summed, group=group)
+        return summed
+
+    return _model(tp, 1.0, total)
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=16)
+def own_coalesced_calls(tp):
+    return _model(tp, 1.0, lambda partial: _coalesced(tp, partial))
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=16)
+def own_reduce_and_broadcast(tp):
+    def total(partial):
+        summed = partial.clone()
+        torch.distributed.reduce(summed, 0, group=tp.process_group)
+        torch.distributed.broadcast(summed, 0, group=tp.process_group)
+        return summed
+
+    return _model(tp, 1.0, total)
+
+
+def _coalesced(tp, partial):
+    halves = [half.contiguous() for half in partial.chunk(2, -1)]
+    if tp.size > 1:
+        with torch.distributed._coalescing_manager(tp.process_group):
+            for half in halves:
+                torch.distributed.all_reduce(half, group=tp.process_group)
+    return torch.cat(halves, -1)
+
+
+def _cancelling(tp, total):
+    block = tp.weight("row.block.weight", bare_row.OUT, bare_row.IN // bare_row.BLOCKS)
+    local = block.repeat(1, bare_row.BLOCKS).chunk(tp.size, 1)[tp.rank]
+    return lambda x: total(x.chunk(tp.size, -1)[tp.rank] @ local.T)
+
+
+@tpcheck.subject(inputs=bare_row.cancelling_input, seq_len=16)
+def own_cancelling(tp):
+    """Partials that nearly cancel, summed by torch.distributed, with nothing to dilute it."""
+
+    def total(partial):
+        torch.distributed.all_reduce(partial, group=tp.process_group)
+        return partial
+
+    return _cancelling(tp, total)
+
+
+@tpcheck.subject(inputs=bare_row.cancelling_input, seq_len=16)
+def own_cancelling_coalesced(tp):
+    return _cancelling(tp, lambda partial: _coalesced(tp, partial))
 
 
 @tpcheck.subject(inputs=lambda generator: torch.randn(6, HIDDEN, generator=generator))

@@ -24,6 +24,7 @@ from tpcheck.numerics.tolerance import users_tolerance
 from tpcheck.observation.wire import wires_for
 from tpcheck.records import SKIPPED, Report, Verdict
 from tpcheck.run_plan import DTYPES, RunPlan, make_run_plan, positive, repro_options
+from tpcheck.sensitivity import with_sensitivity
 from tpcheck.spec import Case
 from tpcheck.subjects import make_ref, resolve
 from tpcheck.workflow import Progress, judged, report_of
@@ -51,6 +52,7 @@ def drift(
     declared: str = "",
     fallback: str | Sequence[str] = (),
     width: bool = False,
+    sensitivity: bool = False,
     timeout_s: float = 120.0,
     confirm: bool = True,
     reduction: str = "ring",
@@ -82,6 +84,7 @@ def drift(
             by default as `reduction`. Outputs that refute it raise an alarm in the findings.
         fallback: levels to measure: head, rowwise, full, fp32_wire, fixed_tree.
         width: time each degree's forward and collectives; real ranks only.
+        sensitivity: plant faults in the subject and say which of them the checks catch.
         timeout_s: seconds one case may take at one degree, and again for its profile.
         confirm: hold failures seen in simulation only against real ranks.
         reduction: how simulated ranks sum; needs backend sim.
@@ -132,7 +135,8 @@ def drift(
         profiler = _Profiler(plan, ranks, declared or reduction, wires)
         verdicts = tuple(profiler.profiled(judged(plan, ranks, seen, progress)))
         asked = remedies(plan, ranks, verdicts, levels, width=width)
-    return replace(report_of(plan, verdicts, seen), drift=summary(profiler.made) | asked)
+        report = replace(report_of(plan, verdicts, seen), drift=summary(profiler.made) | asked)
+        return with_sensitivity(report, plan, ranks, progress) if sensitivity else report
 
 
 class _Profiler:
@@ -162,7 +166,8 @@ class _Profiler:
 
     def _profile(self, verdict: Verdict) -> Json:
         try:
-            made = self._runs(verdict).profile(verdict.tp_size)
+            wrong = verdict.outcome == "WRONG"
+            made = self._runs(verdict).profile(verdict.tp_size, wrong=wrong)
         except JobFailed as error:
             return {"profile": None, "profile_reason": f"a run for it failed: {error}"}
         self.made.append((verdict.tp_size, verdict.dtype, verdict.outcome, made))
@@ -191,8 +196,6 @@ def _no_profile(verdict: Verdict) -> str:
     check = verdict.checks["drift"]
     if check.outcome == SKIPPED:
         return check.reason
-    if verdict.outcome == "WRONG":
-        return "not the same function: how far another function is off says nothing of rounding"
     return ""
 
 

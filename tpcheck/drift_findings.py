@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tpcheck.numerics.alarm import RATE, Wealth
+from tpcheck.numerics.named_orders import ORDERS
 from tpcheck.numerics.tolerance import PRESETS
 
 Json = dict[str, Any]
@@ -34,6 +35,34 @@ def findings_of(profiles: Sequence[Json], rows: Sequence[Json]) -> list[Json]:
     """
     found = [_reduction(profiles), _better(rows), _float32_wire(rows), _allclose(rows)]
     return [one for one in (*found, _begins(profiles)) if one is not None]
+
+
+def wrong_findings(profiles: Sequence[Json], rows: Sequence[Json]) -> list[Json]:
+    """Say how far another function is, and where it begins to be one.
+
+    Returns:
+        Findings `about` "wrong" (`ratio`, `relative_rms`) and "begins", as `findings_of`.
+    """
+    own = next((row for row in rows if row["deployed"] and "reason" not in row), None)
+    if own is None:
+        return []
+    far = "its error is not known: there is no oracle"
+    if own["overflowed_outputs"]:
+        far = f"{own['overflowed_outputs']} outputs are not finite where the oracle is"
+    elif own["relative_rms"] is not None:
+        far = f"it is {own['relative_rms']:.2g} of the output off the float64 TP=1"
+        far += f", {own['ratio']:.3g} x TP=1's own error" if own["ratio"] is not None else ""
+    text = f"not the same function, and not rounding: {far}"
+    found: list[Json] = [
+        {
+            "about": "wrong",
+            "ratio": own["ratio"],
+            "relative_rms": own["relative_rms"],
+            "text": text,
+        }
+    ]
+    begins = _begins(profiles, "the difference")
+    return found if begins is None else [*found, begins]
 
 
 def compared_dtypes(rows: Sequence[Json]) -> list[Json]:
@@ -74,7 +103,8 @@ def _reduction(profiles: Sequence[Json]) -> Json | None:
         "declared": declared,
         "raised": None,
     }
-    text = f"{layers} row-parallel layers show {'; in another case '.join(said)}"
+    what = "row-parallel layers" if rows[0].get("terms") != "sent" else "sums over ranks"
+    text = f"{layers} {what} show {'; in another case '.join(said)}"
     if None not in alarms:
         wealth = _pooled(alarms)
         found |= {"raised": wealth.alarm(), "excess": wealth.excess, "count": wealth.count}
@@ -91,8 +121,15 @@ def _sentence(reduction: Json) -> str:
     for name in first["hypotheses"]:
         kind, _, wire = name.rpartition(" in ")
         wires.setdefault(wire, []).append(kind)
-    said = [f"{', '.join(kinds)} in {wire}" for wire, kinds in wires.items()]
+    said = [f"{_orders(kinds)} in {wire}" for wire, kinds in wires.items()]
     return f"one of {'; '.join(said)} (the same bits here)"
+
+
+def _orders(kinds: Sequence[str]) -> str:
+    """Say several orders in one phrase; all of them are any, and what goes by no order follows."""
+    if not set(ORDERS) <= set(kinds):
+        return ", ".join(kinds)
+    return ", ".join(["any order", *(kind for kind in kinds if kind not in ORDERS)])
 
 
 def _pooled(alarms: Sequence[Mapping[str, Any]]) -> Wealth:
@@ -180,14 +217,14 @@ def _allclose(rows: Sequence[Json]) -> Json | None:
     return {"about": "allclose", "passes": passes, "required_both": needed, "text": text}
 
 
-def _begins(profiles: Sequence[Json]) -> Json | None:
+def _begins(profiles: Sequence[Json], what: str = "drift") -> Json | None:
     """Say where TP=N first has other bits, and after which layer it is furthest from TP=1."""
     depths = [profile["depth"] for profile in profiles if profile.get("depth")]
     begun = [one for one in depths if one["begins"]]
     if not begun:
         return None
     points = [point for one in begun for point in one["points"] if point["ratio"] is not None]
-    text = f"drift begins in {begun[0]['begins']}"
+    text = f"{what} begins in {begun[0]['begins']}"
     most = max(points, key=lambda point: float(point["ratio"]), default=None)
     if most is not None:
         text += f"; the largest ratio is {most['ratio']:.3g}, after {most['fqn']}"

@@ -26,7 +26,7 @@ from torch import Tensor
 from tpcheck.errors import SubjectError
 from tpcheck.numerics.alarm import JUDGED, Wealth, declare
 from tpcheck.numerics.identification import Hypothesis, Likelihood, describe, identify
-from tpcheck.numerics.regression import most_scaled_rank
+from tpcheck.numerics.regression import rank_factors
 from tpcheck.numerics.ulp import eps
 from tpcheck.observation.modules import PointRecord
 from tpcheck.placement import Replicate, Shard, Slices
@@ -129,7 +129,7 @@ def split_inputs(
 
 
 def summed_elsewhere(fqns: Iterable[str], native: Sequence[Trace]) -> str:
-    """Return the first of these layers that sums its terms without TPGroup's reductions, or ""."""
+    """Return the first of these layers that sums its terms without a reduction, or ""."""
     return next((fqn for fqn in fqns if any(not _points(t)[fqn].partials for t in native)), "")
 
 
@@ -169,20 +169,69 @@ def row_parallel(
     return found, left_out
 
 
-def layers_json(layers: Sequence[RowParallel], declared: str, dtype: str) -> Json:
+def observed_sums(
+    native: Sequence[Trace], dtype: str, max_bytes: int = MAX_BYTES
+) -> list[RowParallel]:
+    """Return the sums over all ranks of a forward as they were seen: terms as sent, and results.
+
+    What a rank did to its term before it sent it is not in there. Only sums to which ranks sent
+    equal shapes and more than one had something to add, scattered along dim 0 or not at all; as
+    many as fit into `max_bytes`.
+    """
+    found: list[RowParallel] = []
+    for name, calls in _sums_by_name(native):
+        (call, first, result), *_ = calls
+        alike = all(x.shape == first.shape and x.dtype == first.dtype for _, x, _ in calls)
+        if call.detail not in ("sum", "dim=0") or not alike:
+            continue
+        if call.op == "reduce_scatter":
+            result = torch.cat([piece for _, _, piece in calls])
+        max_bytes -= len(calls) * first.numel() * 8
+        if max_bytes < 0:
+            break
+        terms = torch.stack([x.double() for _, x, _ in calls])
+        if first.is_floating_point() and bool(((terms != 0).sum(0) > 1).any()):
+            found.append(RowParallel(name, result.to(getattr(torch, dtype)), terms, terms))
+    return found
+
+
+def _sums_by_name(native: Sequence[Trace]) -> list[tuple[str, list[Any]]]:
+    """Return each sum's (call, operand, result) of every rank, in order of execution."""
+    per_rank = []
+    for trace in native:
+        points = _points(trace)
+        order = sorted(points, key=lambda name: points[name].finished)
+        sums = [(fqn, points[fqn].partials) for fqn in order]
+        per_rank.append([*sums, ("forward", trace.extras.get("outside", []))])
+    found = []
+    for (fqn, first), *others in zip(*per_rank, strict=False):
+        if any(name != fqn or len(sums) != len(first) for name, sums in others):
+            continue
+        every = [first, *(sums for _, sums in others)]
+        for i in range(len(first)):
+            name = fqn if len(first) == 1 else f"{fqn}, sum {i + 1}"
+            found.append((name, [sums[i] for sums in every]))
+    return found
+
+
+def layers_json(
+    layers: Sequence[RowParallel], declared: str, dtype: str, *, terms: str = "exact"
+) -> Json:
     """Return which reduction each row-parallel layer's outputs show, and all of them together.
 
     Args:
         declared: the kind of reduction that the engine says it uses, in the deployed dtype.
+        terms: "exact", or "sent" where layers are sums that were seen (`observed_sums`).
 
     Returns:
-        `declared`; `reduction`, of all layers together, and `layers`, a list with `fqn` each. Both
-        have `outputs`; `identified`, a sentence; `findings`, the three most probable:
+        `declared`; `terms`; `reduction`, of all layers together, and `layers`, a list with `fqn`
+        each. Both have `outputs`; `identified`, a sentence; `findings`, the three most probable:
         `hypotheses`, `probability`, `reproduced`, `tipped`, `explains`; and `alarm`: `raised`
         ("wider", "narrower" or ""), `count`, `excess` (rms error over the declared one) and the
         bets' logarithms with their sums, None with a reason where the law does not cover the kind.
-        Layers also have `term_energy`, each rank's share, and `scaled_rank`: `rank`, `factor`, `z`
-        and `significant` of the rank whose term is counted most wrongly, None where nothing can be
+        Layers also have `term_energy`, each rank's share, `rank_z`, by how many standard errors
+        each rank's term is not counted once, and `scaled_rank`: `rank`, `factor`, `z` and
+        `significant` of the rank whose term is counted most wrongly; None where nothing can be
         said.
     """
     entries = []
@@ -202,7 +251,8 @@ def layers_json(layers: Sequence[RowParallel], declared: str, dtype: str) -> Jso
             wealth = wealth.after(actual_N, expected)
             alarm = {"alarm": _alarm(Wealth().after(actual_N, expected))}
         exact_RN = layer.terms.flatten(1)
-        scaled = most_scaled_rank(exact_RN, layer.actual.double().flatten() - exact_RN.sum(0))
+        factors = rank_factors(exact_RN, layer.actual.double().flatten() - exact_RN.sum(0))
+        scaled = None if factors is None else max(factors, key=lambda one: abs(one.z))
         energy = exact_RN.square().sum(1)
         entries.append(
             {
@@ -218,6 +268,7 @@ def layers_json(layers: Sequence[RowParallel], declared: str, dtype: str) -> Jso
                     "z": scaled.z,
                     "significant": scaled.significant,
                 },
+                "rank_z": None if factors is None else [one.z for one in factors],
             }
         )
     together = _together(judged, total)
@@ -226,7 +277,7 @@ def layers_json(layers: Sequence[RowParallel], declared: str, dtype: str) -> Jso
         pooled["alarm"] = _alarm(wealth)
     else:
         pooled |= {"alarm": None, "alarm_reason": _not_judged(declared)}
-    return {"declared": declared, "reduction": pooled, "layers": entries}
+    return {"declared": declared, "terms": terms, "reduction": pooled, "layers": entries}
 
 
 def _outputs(layer: RowParallel, dtype: str) -> tuple[Tensor, Tensor]:

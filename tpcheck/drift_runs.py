@@ -18,6 +18,7 @@ from tpcheck.case_runs import CaseRuns
 from tpcheck.drift_layers import (
     depth,
     layers_json,
+    observed_sums,
     row_parallel,
     split_inputs,
     summed_elsewhere,
@@ -39,8 +40,9 @@ Json = dict[str, Any]
 MORE_INPUTS = 2
 """Inputs besides A and B: at batch 2 and 16 tokens, 128 tokens tell a ratio to about 4 %."""
 
+NOT_ROUNDING = "TP=N is not the same function, so rounding does not explain how far it is"
+
 _NOISE_SEED = 11
-_SUMS = ("all_reduce", "reduce_scatter")
 
 
 class DriftRuns:
@@ -52,11 +54,15 @@ class DriftRuns:
         self._kind = kind
         self._declared = declared
         self._wanted = wires
+        self._own_calls = False  # looking for them costs Python for every op
         more = dict(list(more_inputs(runs.subject, runs.case).items())[:MORE_INPUTS])
         self._inputs = {"A": runs.inputs["A"], "B": runs.inputs["B"], **more}
 
-    def profile(self, tp_size: int) -> Json:
+    def profile(self, tp_size: int, *, wrong: bool = False) -> Json:
         """Return the profile at one degree: drift_profile's keys, `depth`, `routing` and `rows`.
+
+        Where TP=N was found to be another function (`wrong`), only how far it is: no other wire, no
+        prediction and no reduction, because rounding explains nothing of it.
 
         `rows` is drift_layers.layers_json, None with a reason where no row-parallel layer can be
         seen; `routing`: `flips` and `margin` of top-k choices against the oracle's, None where the
@@ -68,12 +74,14 @@ class DriftRuns:
         self._runs.start_clock()
         oracle, base = self._oracle, self._base
         self._runs.start_clock()
-        native = self._in_turn([self._wired("", trace="A")], tp_size)
+        native = self._native(tp_size)
         first = native[0]
         carried = [self._carried(self._own_wire, native, deployed=True)]
-        asked = self._without_quantizers(split_inputs(base, native))
-        carried += self._other_wires(native, asked, tp_size)
-        not_valid, carried = self._with_responses(carried, native, tp_size)
+        asked = {} if wrong else self._without_quantizers(split_inputs(base, native))
+        not_valid = NOT_ROUNDING
+        if not wrong:
+            carried += self._other_wires(native, asked, tp_size)
+            not_valid, carried = self._with_responses(carried, native, tp_size)
         evidence = DriftEvidence(
             dtype=self._runs.dtype,
             tp_size=tp_size,
@@ -88,7 +96,16 @@ class DriftRuns:
         )
         found = profile(evidence)
         found |= {"depth": None} if oracle is None else {"depth": self._depth(first, oracle)}
-        return found | {"routing": self._routing(native), **self._rows(native, asked)}
+        rows = {"rows": None, "rows_reason": NOT_ROUNDING} if wrong else self._rows(native, asked)
+        return found | {"routing": self._routing(native), **rows}
+
+    def _native(self, tp_size: int) -> list[Trace]:
+        """Return every rank's trace as deployed; sums of the subject's own are seen, if any."""
+        native = self._in_turn([self._wired("", trace="A")], tp_size)
+        if native[0].extras["own_calls"] and not self._own_calls:
+            self._own_calls = True
+            native = self._in_turn([self._wired("", trace="A")], tp_size)
+        return native
 
     @cached_property
     def _oracle(self) -> Trace | None:
@@ -118,6 +135,7 @@ class DriftRuns:
             order=self._order,
             pinned=pinned,
             watch=bool(pinned),
+            own_calls=self._own_calls,
             decode=not pinned,  # the choices of a whole forward are not those of its steps
         )
 
@@ -179,8 +197,8 @@ class DriftRuns:
         runs, oracle = self._runs, self._oracle
         if oracle is None or runs.oracle_dtype != "float64":
             return "there is no float64 run", carried
-        if not carried[0].seen[0].sums and _distributed_sums(native[0]):
-            return "the subject's sums do not go through TPGroup", carried
+        if unseen := _unseen(native):
+            return unseen, carried
         if any(trace.extras["unpinned"] for trace in native):
             return "routing flips, and could not be pinned to the reference", carried
         asked = [one for one in carried if one.trace is not None]
@@ -213,6 +231,7 @@ class DriftRuns:
             pinned=self._pinned,
             watch=watch,
             decode=False,
+            own_calls=self._own_calls,
             intercept=intercept or Wire,
         )
 
@@ -241,10 +260,7 @@ class DriftRuns:
 
     def _rows(self, native: Sequence[Trace], asked: Mapping[str, Tensor]) -> Json:
         if not asked or not self._runs.subject.options.float64:
-            why = "there is no float64 run"
-            if not asked:
-                why = "no row-parallel layer declares its placements, or all round inputs to codes"
-            return {"rows": None, "rows_reason": why}
+            return self._sums(native)
         task = replace(
             self._runs.exact_task((), alone=True),
             inputs=self._inputs,
@@ -266,6 +282,14 @@ class DriftRuns:
         found = layers_json(layers, self._declared, self._runs.dtype)
         return {"rows": found | {"left_out": left_out}}
 
+    def _sums(self, native: Sequence[Trace]) -> Json:
+        """Return what the sums themselves show where no exact terms of layers can be had."""
+        sums = observed_sums(native, self._runs.dtype)
+        if not sums:
+            return {"rows": None, "rows_reason": "no sum of two terms or more was seen in full"}
+        found = layers_json(sums, self._declared, self._runs.dtype, terms="sent")
+        return {"rows": found | {"left_out": {}}}
+
 
 def _cannot_be_carried(native: Sequence[Trace], rows: Iterable[str]) -> str:
     """Return why a subject's sums cannot be carried in another dtype; "" where they can.
@@ -273,18 +297,17 @@ def _cannot_be_carried(native: Sequence[Trace], rows: Iterable[str]) -> str:
     Args:
         rows: FQNs of its row-parallel layers, as far as they are known.
     """
-    own = _distributed_sums(native[0])
-    seen = native[0].extras["seen"].sums
-    if own:
-        some = "some of its" if seen else "its"
-        return f"the subject calls torch.distributed itself for {some} sums, which keep their dtype"
-    if not seen:
+    if unseen := _unseen(native):
+        return unseen
+    if not native[0].extras["seen"].sums:
         return "no sum over ranks was seen"
     other = summed_elsewhere(rows, native)
-    return f"{other} sums its terms without TPGroup's reductions" if other else ""
+    return f"{other} sums its terms without a reduction over ranks" if other else ""
 
 
-def _distributed_sums(trace: Trace) -> int:
-    """Count the sums of the first input that the subject made without TPGroup."""
-    calls = trace.collectives.get("A", ())
-    return sum(call.op in _SUMS and call.detail == "torch.distributed" for call in calls)
+def _unseen(native: Sequence[Trace]) -> str:
+    """Say which reductions of the subject's own could not be looked into; "" if none."""
+    names = list(dict.fromkeys(name for trace in native for name in trace.extras["missed"]))
+    if not names:
+        return ""
+    return f"the subject calls {', '.join(names)} of torch.distributed, whose terms are not seen"

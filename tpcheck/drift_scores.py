@@ -44,8 +44,8 @@ def scores(actual: Outputs, base: Outputs, oracle: Outputs | None) -> Json:
         whole vocabulary, and `kl_mean` and `kl_max` of KL(TP=1 || TP=N), in nats; `kl_oracle_mean`
         and `tp1_kl_oracle_mean`, KL(oracle || TP=N) and KL(oracle || TP=1), None without an oracle;
         `flips`: `count` and the `first` MAX_FLIPS, each with its input, index, tokens and TP=1's
-        margin in logits; `top_k`: k -> mean share of TP=1's k most likely tokens that TP=N has too,
-        None where the vocabulary is smaller.
+        margin in logits, and the `largest_margin` of all; `top_k`: k -> mean share of TP=1's k most
+        likely tokens that TP=N has too, None where the vocabulary is smaller.
     """
     keys = list(base)
     whole_N = [actual[key].isfinite().all(-1) & base[key].isfinite().all(-1) for key in keys]
@@ -145,7 +145,8 @@ def _flips(expected_NV: Tensor, actual_NV: Tensor, places: list[tuple[str, list[
         }
         for flip in flips[:MAX_FLIPS]
     ]
-    return {"count": len(flips), "first": shown}
+    largest = max((flip.margin for flip in flips), default=None)
+    return {"count": len(flips), "first": shown, "largest_margin": largest}
 
 
 def _lengths(longest: int) -> list[int]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from tpcheck.drift_findings import compared_dtypes, findings_of
+from tpcheck.drift_findings import compared_dtypes, findings_of, wrong_findings
 from tpcheck.numerics.drift import ERROR_FLOOR
 from tpcheck.numerics.spread import mean_ratio_interval
 
@@ -33,21 +33,23 @@ def summary(profiles: Sequence[tuple[int, str, str, Json]]) -> Json:
             `largest_partial`, `float16_headroom`, `overflowed_outputs`;
             `required_both`: the smallest tolerance, atol and rtol both, that passes against TP=1;
             `outcome`: of what is deployed the worst verdict, of others what the drift check would
-                say: "explained", "above" the limit, "overflow" or "unknown".
+                say: "explained", "above" the limit, "overflow" or "unknown". Cases that are WRONG
+                have a row of their own: their distance is no rounding.
         `findings`: see drift_findings.py, each with `dtype` and `tp_size`.
     """
-    groups: dict[tuple[str, int], list[tuple[str, Json]]] = {}
+    groups: dict[tuple[str, int, bool], list[tuple[str, Json]]] = {}
     for tp_size, dtype, outcome, profile in profiles:
-        groups.setdefault((dtype, tp_size), []).append((outcome, profile))
-    rows = [
-        row for (dtype, tp_size), group in groups.items() for row in _rows(tp_size, dtype, group)
-    ]
-    findings = []
-    for (dtype, tp_size), group in groups.items():
-        here = [row for row in rows if (row["dtype"], row["tp_size"]) == (dtype, tp_size)]
+        groups.setdefault((dtype, tp_size, outcome == "WRONG"), []).append((outcome, profile))
+    rows: list[Json] = []
+    findings: list[Json] = []
+    for (dtype, tp_size, wrong), group in groups.items():
+        here = _rows(tp_size, dtype, group)
         held = [profile for _, profile in group]
-        findings += [{**one, "dtype": dtype, "tp_size": tp_size} for one in findings_of(held, here)]
-    return {"rows": rows, "findings": [*findings, *compared_dtypes(rows)]}
+        found = wrong_findings(held, here) if wrong else findings_of(held, here)
+        findings += [{**one, "dtype": dtype, "tp_size": tp_size} for one in found]
+        rows += here
+    sound = [row for row in rows if row.get("outcome") != "WRONG"]
+    return {"rows": rows, "findings": [*findings, *compared_dtypes(sound)]}
 
 
 def _rows(tp_size: int, dtype: str, group: Sequence[tuple[str, Json]]) -> list[Json]:

@@ -28,6 +28,7 @@ from tpcheck.observation.modules import (
     replay_modules,
     traced_modules,
 )
+from tpcheck.observation.own_calls import OwnCalls, sums_of
 from tpcheck.observation.planting import Plant, Planter
 from tpcheck.observation.program import Program
 from tpcheck.observation.recording import Recording
@@ -50,7 +51,8 @@ class Task:
     other_weights: by an ulp of the storage dtype, alike in every compute dtype. noise_dtype: add to
     every reduction the rounding this dtype must cost. codes: TP=1's quantizers; sent:
     input id -> the casts that are a reduction's (observation/codes.py).
-    intercept: makes what watches or replaces collectives; its `seen` becomes an extra.
+    intercept: makes what watches or replaces collectives; its `seen` becomes an extra. own_calls:
+    hand it the sums that the subject asks of torch.distributed itself, too; real ranks only.
     pinned: input id -> choices to impose on top-k. trace: input id whose modules are recorded;
     replay: reference inputs by FQN for modules with declared placements.
     """
@@ -71,6 +73,7 @@ class Task:
     codes: tuple[CastKey, ...] | None = None
     sent: Mapping[str, Collection[int]] = field(default_factory=dict)
     intercept: Callable[[], Interceptor] | None = None
+    own_calls: bool = False
     pinned: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
     trace: str = ""
     until: str = ""
@@ -207,6 +210,8 @@ class _Runner:
         self._unpinned = 0
         self._quiet = True
         self._extras: dict[str, Any] = {}
+        asked = task.own_calls and group.size > 1
+        self._own_calls = OwnCalls(group, sums_of(group)) if asked else None
 
     def everything(self, consumption: Consumption) -> Trace:
         task = self._task
@@ -228,6 +233,12 @@ class _Runner:
         self._extras["choices"] = self._choices
         self._extras["unpinned"] = self._unpinned
         self._extras["consumed"] = consumption.counts()
+        self._extras["own_calls"] = self._group.lent or any(
+            call.detail == "torch.distributed"
+            for calls in self._collectives.values()
+            for call in calls
+        )
+        self._extras["missed"] = {} if self._own_calls is None else self._own_calls.missed
         self._extras["seen"] = getattr(self._group.interceptor, "seen", None)
         return Trace(
             rank=self._group.rank,
@@ -250,7 +261,8 @@ class _Runner:
 
     def _run(self, name: str, function: Callable[..., Any], input_id: str) -> None:
         arguments = self._arguments(input_id)  # out here: rounding them is no cast of the subject's
-        with self._watching(name, input_id):
+        # Inside the mode that hands calls on, the watching one does not see what that does to them.
+        with self._own_calls or contextlib.nullcontext(), self._watching(name, input_id):
             output = self._checked(name, function(*arguments))
         self._collectives[name] = self._group.recorder.take()
         if output is None:
@@ -338,10 +350,11 @@ class _Runner:
         task = self._task
         points = traced_modules(self._forward)
         tracer = ModuleTracer(points, self._group, until=task.until)
-        with tracer:
+        with tracer, self._own_calls or contextlib.nullcontext():
             self._forward(*self._arguments(task.trace))
         self._group.recorder.take()
         self._extras["points"] = tracer.records
+        self._extras["outside"] = tracer.outside
         if task.replay:
             self._extras["replayed"] = replay_modules(points, task.replay, self._group, tracer)
 

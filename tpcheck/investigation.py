@@ -66,6 +66,11 @@ class Investigation:
         tp_sizes, timeout_s = settings.tp_sizes, settings.timeout_s
         self._runs = CaseRuns(ranks, ref, subject, case, dtype, tp_sizes, timeout_s)
 
+    @property
+    def runs(self) -> CaseRuns:
+        """The runs of this case: TP=1's are made once for whoever asks."""
+        return self._runs
+
     def findings(self, tp_size: int) -> Findings:
         """Run what it takes at one degree and return every check.
 

@@ -32,6 +32,11 @@ class Collective:
         detail = f", {self.detail}" if self.detail else ""
         return f"{self.op}({list(self.shape)} {self.dtype}{detail})"
 
+    @property
+    def dim(self) -> int:
+        """Where a reduce-scatter cuts, or a gather joins."""
+        return int(self.detail.removeprefix("dim=")) if self.detail.startswith("dim=") else 0
+
     def signature(self) -> tuple[str, tuple[int, ...], str, str]:
         """What has to be equal on every rank."""
         return (self.op, self.shape, self.dtype, self.detail)

@@ -182,16 +182,40 @@ def test_sums_handed_on_in_bfloat16_raise_an_alarm_under_float32() -> None:
     assert all(name.endswith(" in bfloat16") for name in two["identified"][0].split(" = "))
     assert two["raised"] == "wider"
     four = finding(report, "reduction", tp_size=4)
-    assert "in bfloat16" in four["identified"][0]
+    assert four["identified"] == ["rank order in bfloat16"]
     assert four["raised"] == "wider"
 
 
-def test_a_scaled_rank_is_not_the_same_function_and_has_no_profile() -> None:
+def test_a_scaled_rank_is_another_function_and_how_far_is_said_without_an_explanation() -> None:
     report = drifted("builtin:llama-tiny+scaled_rank", "bfloat16", tp=(2,), wires=("float32",))
     assert report.outcome == "WRONG"
-    facts = report.verdicts[0].checks["drift"].facts
-    assert facts["profile"] is None
-    assert "not the same function" in facts["profile_reason"]
+    found = rows(report)
+    assert set(found) == {(2, "bfloat16", "bfloat16")}  # no other wire: it would explain nothing
+    own = found[2, "bfloat16", "bfloat16"]
+    assert own["outcome"] == "WRONG"
+    assert own["ratio"] > 1
+    assert own["predicted"] is None
+    assert "not the same function" in own["prediction_reason"]
+    wrong = finding(report, "wrong", tp_size=2)
+    assert wrong["ratio"] == own["ratio"]
+    assert "not rounding" in wrong["text"]
+    assert finding(report, "begins")["fqn"] == "layers.0.self_attn.o_proj"
+    assert report.drift is not None
+    about = {one["about"] for one in report.drift["findings"]}
+    assert about == {"wrong", "begins"}  # neither a wire nor a tolerance is recommended
+    assert "not rounding" in render_drift(report)
+
+
+def test_a_missing_reduction_is_far_off_in_every_number() -> None:
+    fault = "builtin:llama-tiny+missing_all_reduce"
+    report = drifted(fault, "bfloat16", tp=(2,), wires=("float32",))
+    assert report.outcome == "WRONG"
+    profile = report.verdicts[0].checks["drift"].facts["profile"]
+    (own,) = profile["reductions"]
+    assert own["error"]["relative_rms"] > 0.05
+    assert profile["rows"] is None
+    assert "not the same function" in profile["rows_reason"]
+    assert finding(report, "wrong")["ratio"] > 10
 
 
 # -- what cannot be had
@@ -200,7 +224,7 @@ def test_a_scaled_rank_is_not_the_same_function_and_has_no_profile() -> None:
 @pytest.mark.parametrize(
     ("subject", "reason"),
     [
-        ("own_calls", "the subject calls torch.distributed itself for its sums"),
+        ("own_coalesced_calls", "the subject calls allreduce_coalesced_ of torch.distributed"),
         ("builtin:llama-tiny+bfloat16_hops", "layers.0.self_attn.o_proj sums its terms without"),
     ],
 )

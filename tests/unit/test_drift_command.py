@@ -122,3 +122,21 @@ def test_generated_cases_are_profiled_too() -> None:
     assert report.outcome == "PASS"
     assert report.drift is not None
     assert report.drift["rows"][0]["cases"] == len(report.verdicts) >= 1
+
+
+def test_a_drift_report_may_say_what_its_checks_would_have_caught() -> None:
+    found = tpcheck.drift(
+        f"{SUBJECTS}:plain", (2,), backend="sim", dtypes=("bfloat16",), wires=("float32",)
+    )
+    assert found.sensitivity is None
+    asked = tpcheck.drift(
+        f"{SUBJECTS}:plain",
+        (2,),
+        backend="sim",
+        dtypes=("bfloat16",),
+        wires=("float32",),
+        sensitivity=True,
+    )
+    assert asked.sensitivity is not None
+    assert asked.sensitivity["caught"] > 0
+    assert asked.drift is not None

@@ -13,6 +13,7 @@ from tpcheck.drift_layers import (
     RowParallel,
     depth,
     layers_json,
+    observed_sums,
     row_parallel,
     split_inputs,
     summed_elsewhere,
@@ -174,6 +175,10 @@ def test_a_rank_that_is_counted_wrongly_stands_out() -> None:
     assert found["scaled_rank"]["significant"]
     assert found["scaled_rank"]["rank"] == 2
     assert found["scaled_rank"]["factor"] == pytest.approx(1 + 2**-5, rel=5e-3)
+    for one in (clean, found):
+        assert len(one["rank_z"]) == len(one["term_energy"])
+        assert max(one["rank_z"], key=abs) == one["scaled_rank"]["z"]
+        assert one["rank_z"][one["scaled_rank"]["rank"]] == one["scaled_rank"]["z"]
 
 
 def test_the_energy_of_the_terms_is_shared_out() -> None:
@@ -225,3 +230,77 @@ def test_without_layers_every_whole_module_is_shown_and_pieces_are_not() -> None
     native = traced(embed=points["embed"], up=record(values(2, 4, 2), finished=1))
     found = depth(base, native, oracle, "bfloat16")
     assert [point["fqn"] for point in found["points"]] == ["embed"]
+
+
+# -- sums that were seen, where no layer declares its placements
+
+
+def undeclared(kind: str, **fields: Any) -> list[Trace]:
+    native = run(kind, **fields)
+    for one in native:
+        one.extras["points"]["down"].in_placement = None
+    return native
+
+
+@pytest.mark.parametrize("kind", ["ring", "tree"])
+def test_a_sum_names_its_reduction_from_the_terms_that_were_sent(kind: str) -> None:
+    sums = observed_sums(undeclared(kind), "bfloat16")
+    found = layers_json(sums, kind, "bfloat16", terms="sent")
+    assert [one["fqn"] for one in found["layers"]] == ["down"]
+    assert found["reduction"]["identified"] == f"{kind} in bfloat16"
+    assert found["reduction"]["findings"][0]["reproduced"] == 1.0
+    assert found["reduction"]["alarm"]["raised"] == ""
+    assert found["terms"] == "sent"
+
+
+def test_a_sum_outside_of_every_module_is_seen_as_the_forwards() -> None:
+    native = undeclared("ring")
+    for one in native:
+        (partial,) = one.extras["points"].pop("down").partials
+        one.extras["outside"] = [partial, partial]
+    found = observed_sums(native, "bfloat16")
+    assert [one.fqn for one in found] == ["forward, sum 1", "forward, sum 2"]
+
+
+def test_pieces_of_a_scattered_sum_are_put_together() -> None:
+    native = undeclared("ring")
+    (whole,) = observed_sums(native, "bfloat16")
+    for rank, one in enumerate(native):
+        point = one.extras["points"]["down"]
+        (_, sent, total) = point.partials[0]
+        call = Collective(0, "reduce_scatter", tuple(sent.shape), "bfloat16", "dim=0", "down")
+        point.partials[0] = (call, sent.flatten(), total.flatten().chunk(RANKS)[rank])
+    (pieces,) = observed_sums(native, "bfloat16")
+    assert torch.equal(pieces.actual, whole.actual.flatten())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        Collective(0, "all_reduce", (), "bfloat16", "avg"),
+        Collective(0, "reduce_scatter", (), "bfloat16", "dim=1"),
+    ],
+)
+def test_sums_that_are_divided_or_cut_elsewhere_are_left_out(call: Collective) -> None:
+    native = undeclared("ring")
+    for one in native:
+        point = one.extras["points"]["down"]
+        point.partials[0] = (call, *point.partials[0][1:])
+    assert observed_sums(native, "bfloat16") == []
+
+
+def test_what_one_rank_alone_holds_and_what_ranks_disagree_on_is_no_sum() -> None:
+    alone = undeclared("ring")
+    for one in alone[1:]:
+        one.extras["points"]["down"].partials[0][1].zero_()
+    assert observed_sums(alone, "bfloat16") == []
+    apart = undeclared("ring")
+    apart[1].extras["points"]["down"].partials.clear()
+    assert observed_sums(apart, "bfloat16") == []
+
+
+def test_sums_beyond_the_bound_are_left_out() -> None:
+    native = undeclared("ring")
+    needed = RANKS * 2 * TOKENS * HIDDEN * 8
+    assert len(observed_sums(native, "bfloat16", needed)) == 1
+    assert observed_sums(native, "bfloat16", needed - 1) == []

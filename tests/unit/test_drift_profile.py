@@ -262,6 +262,22 @@ def test_all_flips_are_counted_and_twenty_shown() -> None:
     assert len(found["first"]) == MAX_FLIPS == 20
 
 
+def test_the_largest_margin_is_that_of_all_flips_and_not_of_those_shown() -> None:
+    base = {key: x.clone() for key, x in ORACLE.items()}
+    base["B"][-1, -1] = 0.0
+    base["B"][-1, -1, 5] = 64.0  # the last token of all, far beyond the twenty
+    moved = {key: -x for key, x in base.items()}
+    found = row(base=trace(0, base), carried=carried(moved))["scores"]["flips"]
+    assert max(one["tp1_margin"] for one in found["first"]) < 64.0
+    assert found["largest_margin"] == 64.0
+
+
+def test_without_a_flip_there_is_no_largest_margin() -> None:
+    same = {key: x.clone() for key, x in ORACLE.items()}
+    found = row(base=trace(0, same), carried=carried(same))["scores"]["flips"]
+    assert found == {"count": 0, "first": [], "largest_margin": None}
+
+
 def test_top_k_overlap_is_the_share_of_tp1s_tokens_that_tpn_has_too() -> None:
     base = {"A": torch.arange(VOCAB).double().repeat(2, 8, 1)}
     moved = {"A": base["A"].clone()}

@@ -9,7 +9,8 @@ import pytest
 
 from tpcheck.drift_summary import summary
 from tpcheck.records import Path, Report, Verdict
-from tpcheck.render.drift import NOT_VALID, render_drift
+from tpcheck.render.drift import render_drift
+from tpcheck.render.drift_content import NOT_VALID
 from tpcheck.render.text import WIDTH
 
 Json = dict[str, Any]
@@ -184,3 +185,28 @@ def test_large_numbers_stay_within_a_terminal() -> None:
     text = rendered(*(entry(name, 123456.789) for name in ("bfloat16", "int4_wire")))
     assert max(map(len, text.splitlines())) <= WIDTH
     assert "1.23e+05 (1.23e+05) ±10 %" in text
+
+
+def test_wrong_cases_are_a_row_of_their_own_and_recommend_nothing() -> None:
+    """A bug's distance pooled with rounding would be neither."""
+    cases = [
+        (4, "bfloat16", "PASS", profile(entry("bfloat16", 1.2))),
+        (4, "bfloat16", "WRONG", profile(entry("bfloat16", 40.0))),
+    ]
+    found = summary(cases)
+    assert [(row["outcome"], row["ratio"], row["cases"]) for row in found["rows"]] == [
+        ("PASS", pytest.approx(1.2), 1),
+        ("WRONG", pytest.approx(40.0), 1),
+    ]
+    wrong = about(found, "wrong")
+    assert wrong is not None
+    assert "40 x TP=1's own error" in wrong["text"]
+    assert "not rounding" in wrong["text"]
+
+
+def test_dtypes_of_a_wrong_function_are_not_compared() -> None:
+    cases = [
+        (2, dtype, "WRONG", profile(entry(dtype, error, deployed=True)))
+        for dtype, error in (("bfloat16", 8.0), ("float16", 64.0))
+    ]
+    assert about(summary(cases), "dtypes") is None

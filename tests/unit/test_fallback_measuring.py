@@ -5,12 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+import tpcheck
+from tests.unit.test_moe import MIXTRAL
 from tpcheck.case_runs import CaseRuns
 from tpcheck.errors import SubjectError
 from tpcheck.fallback.gathering import Cost
 from tpcheck.fallback.levels import LEVELS
 from tpcheck.fallback.measuring import Ran, effect, fallback_effects
+from tpcheck.groups.jobs import Job
 from tpcheck.groups.simulated import SimulatedRanks
+from tpcheck.reference.decoder import build_decoder
 from tpcheck.render.fallback import render_fallback
 from tpcheck.spec import Case
 from tpcheck.subjects import make_ref, resolve
@@ -131,3 +135,43 @@ def test_the_table_shows_effect_beside_price():
     assert nothing.endswith("there is nothing to buy here")
     apart = render_fallback([{**full, "ranks_agree": False}])
     assert "full at tp=4: ranks do not agree" in apart
+
+
+def moe_task(seed):
+    @tpcheck.subject(spec=MIXTRAL, seq_len=16)
+    def build(tp):
+        return build_decoder(MIXTRAL, tp)
+
+    ref = make_ref(build)
+    case = Case(seed, 2, 16)
+    runs = CaseRuns(SimulatedRanks(), ref, resolve(ref), case, "bfloat16", (4,), 60.0)
+    return replace(runs.task, inputs={key: runs.inputs[key] for key in "AB"})
+
+
+def test_a_flip_of_the_router_is_not_what_a_level_buys():
+    """At this seed TP=4 routes one row otherwise than float64, and the level does not."""
+    task = moe_task(2)
+    (found,) = fallback_effects(SimulatedRanks(), task, 4, ("full",))
+    assert (found.flips_before, found.flips_after) == (1, 0)
+    assert found.routing_pinned
+    assert 1 < found.ratio_before < 1.3
+    assert found.ratio_after == 1.0
+
+    def ran(work, size):
+        (result,) = SimulatedRanks().run(
+            [Job("tpcheck.fallback.measuring:run_levels", (work, (), None), size, 60.0)]
+        )
+        return result.replies[0][""].outputs
+
+    exact, alone = ran(replace(task, dtype="float64"), 1), ran(task, 1)
+    free = ran(task, 4)
+    errors = [sum(float((x[k] - exact[k]).square().sum()) for k in exact) for x in (free, alone)]
+    assert (errors[0] / errors[1]) ** 0.5 > 1.5 * found.ratio_before  # what a free flip looks like
+
+
+def test_what_routes_nothing_has_no_flips_and_what_has_no_oracle_is_not_pinned():
+    dense = effects("builtin:llama-tiny", ("full",))["full"]
+    assert (dense.flips_before, dense.flips_after, dense.routing_pinned) == (None, None, None)
+    (free,) = fallback_effects(SimulatedRanks(), moe_task(2), 4, ("full",), oracle_dtype="")
+    assert free.routing_pinned is None
+    assert free.ratio_before is None

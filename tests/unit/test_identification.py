@@ -23,6 +23,7 @@ from tpcheck.numerics.identification import (
     hypotheses,
     identify,
 )
+from tpcheck.numerics.named_orders import ORDERS
 from tpcheck.numerics.proportion import clopper_pearson
 from tpcheck.numerics.reduction import reduce_sum
 
@@ -63,7 +64,7 @@ def test_the_drawn_class_is_named_in_every_draw(family, dtype):
     assert clopper_pearson(96, 96)[0] > 0.96  # 500 draws: benchmarks/results/identification.json
 
 
-@pytest.mark.parametrize("kind", ["ring", "ascending ring", "tree", "wide"])
+@pytest.mark.parametrize("kind", ORDERS)
 @pytest.mark.parametrize("tp_size", [4, 6, 8])
 def test_orders_in_the_outputs_own_dtype_are_told_apart_one_by_one(kind, tp_size):
     truth = Hypothesis("bfloat16", kind)
@@ -109,12 +110,12 @@ def test_what_a_hypothesis_emits_is_explained_by_it_whatever_the_size(
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("kind", ["ring", "ascending ring", "tree", "wide"])
+@pytest.mark.parametrize("kind", ORDERS)
 def test_two_ranks_have_one_order_and_the_finding_says_so(dtype, kind):
     wire = str(dtype).removeprefix("torch.")
     first = told(Hypothesis(wire, kind), dtype, tp_size=2)[0]
-    assert {"ring", "ascending ring", "tree", "wide"} <= kinds(first)
-    assert f"ring in {wire} = ascending ring in {wire} = tree in {wire}" in describe([first])
+    assert set(ORDERS) <= kinds(first)
+    assert f"ring in {wire} = ascending ring in {wire} = owner first in {wire}" in describe([first])
     assert first.probability >= CONFIDENT
 
 
@@ -169,7 +170,7 @@ def test_a_reduction_that_was_not_tried_is_not_claimed(family, dtype):
     # One of them leads, and surely, beside the others; it reproduces too little all the same.
     assert findings[0].probability > CONFIDENT
     assert not findings[0].explains
-    assert describe(findings).startswith("none of the 18 tried: the nearest, ")
+    assert describe(findings).startswith("none of the 33 tried: the nearest, ")
 
 
 @pytest.mark.parametrize("kind", ["ring", "tree", "wide", "int8_wire"])
@@ -190,7 +191,7 @@ def test_a_missing_rank_is_no_reduction():
 def test_float32_outputs_tell_their_order_only_beside_the_partials_that_were_sent():
     exact, sent = layer(4, 8, dtype=torch.float32)
     actual = reduce_sum(list(sent), "tree")
-    assert kinds(identify(actual, exact)[0]) == {"ring", "ascending ring", "tree", "wide"}
+    assert kinds(identify(actual, exact)[0]) == set(ORDERS)
     assert describe(identify(actual, sent.double())) == "tree in float32"
     narrow = reduce_sum(list(sent.bfloat16()), "tree").float()
     assert describe(identify(narrow, exact)) == "tree in bfloat16"
@@ -231,7 +232,7 @@ def test_a_bug_in_many_outputs_leaves_nothing_named_but_the_nearest():
     exact, sent = layer(6, 8)
     actual = reduce_sum(list(sent.bfloat16()), "ring")
     actual[::20] += 1
-    text = "none of the 18 tried: the nearest, ring in bfloat16, reproduces 94.9% of the outputs"
+    text = "none of the 33 tried: the nearest, ring in bfloat16, reproduces 94.9% of the outputs"
     assert describe(identify(actual, exact)) == text
 
 

@@ -4,16 +4,20 @@ Requirement: no level is sold by what it should do. Each is run on the same buil
 deployed model, and held against TP=1 and the float64 oracle; a level that this subject cannot have
 says why instead.
 
-[Not Pinned] A router's choices are each run's own here: where rounding flips one, the ratio shows
-it, as a user's scores would.
+[Pinned] A router's choices are those of the float64 oracle in every run, as in the drift check: a
+flip moves a token by far more than rounding, and a remedy that happens to flip fewer would be sold
+for it. How many each run would have flipped is counted beside the ratio. Without an oracle, and
+where a run chooses among others than the oracle does, choices are its own, and `routing_pinned` is
+False.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,12 +25,14 @@ import torch
 from tpcheck.building import arguments, built, measured_on
 from tpcheck.comparison import pooled_rms
 from tpcheck.errors import SubjectError
+from tpcheck.evidence import routing_flips
 from tpcheck.execution import Task, digest, whole
 from tpcheck.fallback.gathering import Cost, Meter
 from tpcheck.fallback.levels import LEVELS, parallel_model, parse_levels
 from tpcheck.groups.jobs import Job, JobFailed, Ranks, World
 from tpcheck.numerics.drift import floored
 from tpcheck.numerics.ulp import eps
+from tpcheck.observation.dispatch import Choice, Watch
 
 REPEATS = 3
 """Timed forwards of each level, after one that is not: the median of the slowest rank counts."""
@@ -42,6 +48,8 @@ class Effect:
     input's output. bytes_gathered, peak_bytes (of whole weights held at once), device_peak_bytes
     (the allocator's, None on CPU): of one forward, the worst rank's. seconds, seconds_deployed: of
     one forward, the slowest rank's median; None on simulated ranks, which take turns in one thread.
+    flips_before, flips_after: rows that TP=N and the level route otherwise than the oracle; None
+    where nothing is routed. routing_pinned: whether every choice was the oracle's all the same.
     `measured_on`: where, times belong there. `reason`: why there are no numbers.
     """
 
@@ -59,6 +67,9 @@ class Effect:
     device_peak_bytes: int | None = None
     seconds: float | None = None
     seconds_deployed: float | None = None
+    flips_before: int | None = None
+    flips_after: int | None = None
+    routing_pinned: bool | None = None
     measured_on: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -68,7 +79,11 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """A level on one rank: outputs by input (rank 0 only), digests, what it took, or why not."""
+    """A level on one rank: outputs by input (rank 0 only), digests, what it took, or why not.
+
+    choices: by input, what its routers chose before they were pinned; unpinned: how many of them
+    could not be.
+    """
 
     outputs: dict[str, torch.Tensor]
     digests: dict[str, str]
@@ -76,6 +91,8 @@ class Ran:
     device_peak: int | None = None
     device: str = "cpu"
     reason: str = ""
+    choices: Mapping[str, Sequence[Choice]] = field(default_factory=dict)
+    unpinned: int = 0
 
 
 def fallback_effects(
@@ -103,18 +120,16 @@ def fallback_effects(
     """
     names = parse_levels(levels)
     function = "tpcheck.fallback.measuring:run_levels"
+    task, oracle = replace(task, watch=False, pinned={}), None
+    if oracle_dtype:
+        wide = replace(task, dtype=oracle_dtype, watch=True)
+        ((first, *_),) = _replies(ranks, [Job(function, (wide, (), None), 1, timeout_s)])
+        oracle = first[""]
+        task = replace(task, pinned=oracle.choices)
     deployed = Job(function, (task, (), None), 1, timeout_s)
     split = Job(function, (task, names, max_bytes), tp_size, timeout_s)
-    jobs = [deployed, split]
-    if oracle_dtype:
-        jobs.append(Job(function, (replace(task, dtype=oracle_dtype), (), None), 1, timeout_s))
-    replies = []
-    for result in ranks.run(jobs):
-        if result.failure is not None:
-            raise JobFailed(result.failure)
-        replies.append(result.replies)
-    alone, every = replies[0][0][""], replies[1]
-    oracle = replies[2][0][""] if oracle_dtype else None
+    (single, *_), every = _replies(ranks, [deployed, split])
+    alone = single[""]
     where = measured_on(ranks.label, alone.device)
     effects = [
         replace(effect(name, alone, every, oracle, task, token_ids=token_ids), measured_on=where)
@@ -123,6 +138,14 @@ def fallback_effects(
     if ranks.label == "sim":
         return [replace(one, seconds=None, seconds_deployed=None) for one in effects]
     return effects
+
+
+def _replies(ranks: Ranks, jobs: Sequence[Job]) -> list[Sequence[dict[str, Ran]]]:
+    results = ranks.run(jobs)
+    for result in results:
+        if result.failure is not None:
+            raise JobFailed(result.failure)
+    return [result.replies for result in results]
 
 
 def effect(
@@ -152,6 +175,7 @@ def effect(
     return Effect(
         name,
         does,
+        **_routing(alone, every, name, oracle),
         ratio_before=ratios[0],
         ratio_after=ratios[1],
         logprob_before=scores[0],
@@ -166,27 +190,52 @@ def effect(
     )
 
 
+def _routing(
+    alone: Ran, every: Sequence[dict[str, Ran]], name: str, oracle: Ran | None
+) -> dict[str, Any]:
+    if oracle is None or not oracle.choices:
+        return {}
+    unpinned = alone.unpinned + sum(r[""].unpinned + r[name].unpinned for r in every)
+    before, after = (
+        routing_flips(one.choices, oracle.choices)[0] for one in (every[0][""], every[0][name])
+    )
+    return {"flips_before": before, "flips_after": after, "routing_pinned": not unpinned}
+
+
 def run_levels(world: World, work: tuple[Task, tuple[str, ...], int | None]) -> dict[str, Ran]:
     """Run the deployed model ("") and each level on this rank: the job of `fallback_effects`."""
     task, names, max_bytes = work
     with torch.no_grad():
         group, forward = built(world, task)
         inputs = {key: arguments(group, task, key) for key in task.inputs}
-        found = {"": _measured(lambda *given: whole(forward(*given)), inputs, group, Meter())}
+
+        def deployed(*given: torch.Tensor) -> Any:
+            return whole(forward(*given))
+
+        found = {"": _measured(deployed, inputs, group, Meter(), task)}
         for name in names:
             meter = Meter(max_bytes)
             try:
                 level = LEVELS[name].make(parallel_model(forward, group), meter)
-                found[name] = _measured(level, inputs, group, meter)
+                found[name] = _measured(level, inputs, group, meter, task)
             except SubjectError as error:
                 found[name] = Ran({}, {}, Cost(), reason=str(error))
     return found
 
 
-def _measured(forward: Any, inputs: dict[str, list[torch.Tensor]], group: Any, meter: Meter) -> Ran:
+def _measured(
+    forward: Any, inputs: dict[str, list[torch.Tensor]], group: Any, meter: Meter, task: Task
+) -> Ran:
     outputs, digests = {}, {}
+    choices: dict[str, Sequence[Choice]] = {}
+    unpinned = 0
     for key, given in inputs.items():
-        output = forward(*(tensor.clone() for tensor in given)).detach()
+        watch = _watch(group, task, key)
+        with watch or contextlib.nullcontext():
+            output = forward(*(tensor.clone() for tensor in given)).detach()
+        if watch is not None and watch.choices:
+            choices[key] = watch.choices
+            unpinned += watch.unpinned if task.pinned else 0
         digests[key] = digest(output)
         if group.rank == 0:
             outputs[key] = output.to("cpu")
@@ -205,7 +254,15 @@ def _measured(forward: Any, inputs: dict[str, list[torch.Tensor]], group: Any, m
     group.recorder.take()
     peak = int(torch.cuda.max_memory_allocated(group.device)) if on_gpu else None
     seconds = statistics.median(cost.seconds for cost in costs)
-    return Ran(outputs, digests, replace(costs[-1], seconds=seconds), peak, group.device.type)
+    cost = replace(costs[-1], seconds=seconds)
+    return Ran(outputs, digests, cost, peak, group.device.type, "", choices, unpinned)
+
+
+def _watch(group: Any, task: Task, key: str) -> Watch | None:
+    """Return what sees a forward's choices, and pins them to the oracle's where there are any."""
+    if not task.watch and not task.pinned:
+        return None
+    return Watch(group.recorder, pinned=task.pinned.get(key), rank=group.rank)
 
 
 def _distance(one: Ran, other: Ran) -> tuple[float, float]:

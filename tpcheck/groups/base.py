@@ -173,6 +173,8 @@ class RecordedGroup:
         self.weights = weights
         self.recorder = recorder
         self.interceptor: Interceptor | None = None
+        self.lent = False
+        """Whether the subject was given a process group or a mesh for calls of its own."""
 
     def weight(
         self,

@@ -38,10 +38,12 @@ class DistributedGroup(RecordedGroup):
 
     @property
     def process_group(self) -> Any:
+        self.lent = True
         return dist.group.WORLD
 
     @property
     def mesh(self) -> Any:
+        self.lent = True
         return self._world.mesh()
 
     def _all_reduce(self, x: torch.Tensor, op: str) -> torch.Tensor:

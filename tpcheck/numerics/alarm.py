@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from tpcheck.numerics.reduction import reduce_sum, sum_steps
+from tpcheck.numerics.roundoff import node_square, rounding_square
 
 WIDER, NARROWER = 1.15, 0.87
 """What is bet on. A bet on k gains from errors sqrt(k) wider than tolerated, 13 % wider than
@@ -191,16 +192,16 @@ def law_sigma(partials_RN: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     kind = _judged(kind, dtype)
     squares = torch.zeros_like(partials_RN[0])
     for term in partials_RN if kind != "fp32_wire" else []:
-        squares += torch.where(term != term.to(dtype).double(), _even(term, dtype), 0.0)
+        squares += torch.where(term != term.to(dtype).double(), rounding_square(term, dtype), 0.0)
     if kind == "ring":
         squares += _ring_nodes(partials_RN, dtype)
     elif kind == "fp32_wire":
         total = partials_RN.sum(0)
-        squares += torch.where(total != 0, _even(total, dtype), 0.0)
+        squares += torch.where(total != 0, rounding_square(total, dtype), 0.0)
         squares += law_sigma(partials_RN, "ring", torch.float32).square()
     else:
         for operands, node in sum_steps(list(partials_RN), kind):
-            squares += _on_grid(torch.stack(operands), node, dtype)
+            squares += node_square(torch.stack(operands), node, dtype)
     return squares.sqrt().masked_fill(~partials_RN.isfinite().all(0), math.nan)
 
 
@@ -211,26 +212,8 @@ def _ring_nodes(terms_RN: Tensor, dtype: torch.dtype) -> Tensor:
         inward_RN = terms_RN.flip(0).roll(start, 0)
         sums_RN = inward_RN.cumsum(0)
         operands = torch.stack([sums_RN[:-1], inward_RN[1:]])
-        squares += _on_grid(operands, sums_RN[1:], dtype).sum(0)
+        squares += node_square(operands, sums_RN[1:], dtype).sum(0)
     return squares / len(terms_RN)
-
-
-def _even(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mean square of an error uniform over the spacing there."""
-    return _spacing(value, dtype).square() / 12
-
-
-def _on_grid(operands: Tensor, node: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mean square error of a node whose operands, stacked, are numbers of the dtype."""
-    step = _spacing(node, dtype)
-    coarser = (step / _spacing(operands, dtype).amin(0)).square()
-    return torch.where(coarser > 1, step.square() * (1 / 12 + 1 / (6 * coarser)), 0.0)
-
-
-def _spacing(values: Tensor, dtype: torch.dtype) -> Tensor:
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(values.abs().clamp_min(float(info.tiny))).exponent - 1
-    return info.eps * torch.exp2(exponent.double())
 
 
 def _bet(ratio: float, k: float) -> float:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tpcheck.numerics.low_precision import LOW_PRECISION, carried_as
-from tpcheck.numerics.reduction import reduce_sum
+from tpcheck.numerics.named_orders import ORDERS, sum_in_order
 
 MISS = 0.05
 """How often an output misses the emulation of its true class, for the likelihood; more often than
@@ -55,7 +55,6 @@ CONFIDENT = 0.99
 """A name is given to the findings that together are this probable: one, unless it was close."""
 
 _WIRES = ("bfloat16", "float16", "float32")
-_ORDERS = ("ring", "ascending ring", "tree", "wide")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +98,10 @@ def hypotheses(dtype: str) -> tuple[Hypothesis, ...]:
     `fp32_wire` is of terms that the layer has rounded to its dtype, `ring in float32` of terms that
     it has not.
 
-    Source: the kinds of numerics/reduction.py, and the dtypes that engines take for them.
+    Source: numerics/named_orders.py, and the dtypes that engines take for them.
     """
     wires = _WIRES if dtype in _WIRES else (*_WIRES, dtype)
-    plain = [Hypothesis(wire, kind) for wire in wires for kind in _ORDERS]
+    plain = [Hypothesis(wire, kind) for wire in wires for kind in ORDERS]
     named = getattr(torch, dtype)
     other = [kind for kind in LOW_PRECISION if carried_as(kind, named) == kind]
     other += ["fp32_wire"] if named.itemsize < torch.float32.itemsize else []
@@ -115,15 +114,12 @@ def emulate(partials_RN: Tensor, hypothesis: Hypothesis, dtype: torch.dtype) -> 
     Partials are rounded to `dtype` first, which the layer computes in, except where the wire is
     wider: then a kernel hands its accumulator on unrounded.
 
-    Source: numerics/reduction.py, bit for bit; `_ascending_ring`.
+    Source: numerics/reduction.py, bit for bit; numerics/named_orders.py.
     """
     wire: torch.dtype = getattr(torch, hypothesis.wire)
     if wire.itemsize <= dtype.itemsize:
         partials_RN = partials_RN.to(dtype)
-    terms = list(partials_RN.to(wire))
-    if hypothesis.kind == "ascending ring":
-        return _ascending_ring(terms).to(dtype)
-    return reduce_sum(terms, hypothesis.kind).to(dtype)
+    return sum_in_order(list(partials_RN.to(wire)), hypothesis.kind).to(dtype)
 
 
 def identify(
@@ -216,26 +212,6 @@ def _stirred(partials_RN: Tensor) -> Tensor:
     finite_RN = partials_RN.masked_fill(~partials_RN.isfinite(), 0.0)
     rms_R1 = finite_RN.square().mean(1, keepdim=True).sqrt()
     return partials_RN + noise_RN.to(partials_RN.device) * rms_R1 * LOCAL_ERROR
-
-
-def _ascending_ring(terms: list[Tensor]) -> Tensor:
-    """Sum as NCCL's ring does: chunk c begins at rank c + 1 and ends at rank c.
-
-    One channel and one round of chunks: larger messages repeat the pattern in pieces, which only a
-    probe of that size can know.
-
-    Source: read in NCCL 2.28.9, src/device/all_reduce.h; never run here.
-    """
-    size, count = len(terms), terms[0].numel()
-    chunk = -(-count // size)
-    total = torch.empty_like(terms[0])
-    for first in range(size):
-        part = slice(first * chunk, (first + 1) * chunk)
-        summed = terms[(first + 1) % size][part]
-        for hop in range(2, size + 1):
-            summed = summed + terms[(first + hop) % size][part]
-        total[part] = summed
-    return total
 
 
 def _log_likelihood(actual: Tensor, emulated: Tensor) -> float:

@@ -39,6 +39,15 @@ class ScaledRank:
 def most_scaled_rank(partials_RN: Tensor, errors_N: Tensor) -> ScaledRank | None:
     """Return the rank whose factor is the most standard errors away from 1, significant or not.
 
+    None where nothing can be said; arguments, errors and source as of `rank_factors`.
+    """
+    factors = rank_factors(partials_RN, errors_N)
+    return None if factors is None else max(factors, key=lambda one: abs(one.z))
+
+
+def rank_factors(partials_RN: Tensor, errors_N: Tensor) -> tuple[ScaledRank, ...] | None:
+    """Return how many times the sum counts each rank's term, and how sure that is.
+
     None where nothing can be said: a number that is not finite, no more than 2 R outputs, a rank
     without a term, or terms that are multiples of each other.
 
@@ -71,5 +80,5 @@ def most_scaled_rank(partials_RN: Tensor, errors_N: Tensor) -> ScaledRank | None
     weights_RN = inverse_Rr @ left_Nr.T
     spread_R = (weights_RN.square() @ rest_N.square()).sqrt() / lengths
     z_R = slopes_R / spread_R.clamp_min(1e-150)
-    worst = int(z_R.abs().argmax())
-    return ScaledRank(worst, 1 + float(slopes_R[worst]), float(z_R[worst]))
+    pairs = zip(slopes_R.tolist(), z_R.tolist(), strict=True)
+    return tuple(ScaledRank(rank, 1 + slope, z) for rank, (slope, z) in enumerate(pairs))

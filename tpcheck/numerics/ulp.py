@@ -42,6 +42,19 @@ def in_ulp(error: float, value: float, dtype: torch.dtype | str) -> float:
     return error / ulp(value, dtype)
 
 
+def ulps_of(values: torch.Tensor, dtype: torch.dtype | str) -> torch.Tensor:
+    """Return `ulp` of every element, float64 of the same shape; elements are finite float64.
+
+    Source: the definition of `ulp` above.
+    """
+    named = _torch_dtype(dtype)
+    if not (named.is_floating_point or named.is_complex):
+        return torch.ones_like(values)
+    info = torch.finfo(named)
+    exponent = torch.frexp(values.abs().clamp_min(float(info.tiny))).exponent - 1
+    return float(info.eps) * torch.exp2(exponent.double())
+
+
 def _torch_dtype(dtype: torch.dtype | str) -> torch.dtype:
     named: torch.dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     return named

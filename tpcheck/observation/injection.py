@@ -6,9 +6,9 @@ exact sum, the rounding noise that the deployed dtype would leave at every node 
 tree; what the output does in response is the drift that this reduction explains. Dilution by the
 rest of the model, masks and nonlinearities are then all in, without a formula.
 
-[Injected Noise] One rounding to nearest of x leaves an error of rms 0.424 u |x| (u = eps/2; uniform
-error over a binade). TP=1 rounds the sum once; TP=N rounds every partial and every partial sum, so
-the extra variance per element is (0.424 u)^2 (sum of squared partials and node sums - sum^2).
+[Injected Noise] TP=1 rounds the sum once; TP=N rounds every partial and every partial sum. What
+that leaves beyond TP=1's rounding is added as normal noise of the same mean square, element by
+element (numerics/roundoff.py).
 A low-precision wire adds the error of its ideal codec (numerics/low_precision.py). What such a wire
 loses by saturation is not injected, so it is not explained away.
 Source: probabilistic rounding analysis, Higham & Mary 2019; the law held against measurements.
@@ -24,6 +24,13 @@ from tpcheck.groups.base import Interceptor, RecordedGroup
 from tpcheck.numerics.drift import ROUNDING_RMS
 from tpcheck.numerics.low_precision import carried_as, float16_energy, wire_error
 from tpcheck.numerics.reduction import sum_steps
+from tpcheck.numerics.roundoff import (
+    finest_grid,
+    grid_of,
+    node_square,
+    rounding_square,
+    sum_square,
+)
 from tpcheck.numerics.ulp import eps
 from tpcheck.trace import Collective
 
@@ -36,8 +43,9 @@ def reduction_noise(dtype: str, kind: str, seed: int, wire: str = "") -> Interce
     Every rank draws the same noise, because every rank gets the same result of a real reduction.
 
     Args:
-        wire: the dtype that partials are cast to and added in, where it is not `dtype`; the kinds
-            of numerics/low_precision.py bring a wire of their own.
+        wire: the dtype that partials are cast to and added in, by default `dtype`, or whatever the
+            subject itself casts a float64 partial to; the kinds of numerics/low_precision.py bring
+            a wire of their own.
     """
     unit = eps(dtype) / 2 * ROUNDING_RMS
     deployed = getattr(torch, dtype)
@@ -50,47 +58,56 @@ def reduction_noise(dtype: str, kind: str, seed: int, wire: str = "") -> Interce
         run: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         result = run(x)
-        if group.size == 1 or call.op not in _SUMS or call.detail in ("max", "min"):
+        sums = call.op in _SUMS and call.detail not in ("max", "min")
+        if group.size == 1 or not sums or not x.is_floating_point():
             return result
         partials = list(group._all_gather(x.unsqueeze(0), 0).to(torch.float64).unbind(0))
         steps = sum_steps(partials, carried)
-        energy = _extra_energy(partials, steps, deployed, getattr(torch, wire or dtype))
-        extra = (energy + float16_energy(partials, carried, deployed)).clamp_min(0).sqrt()
+        own = deployed if x.dtype == group.dtype else x.dtype  # a cast that stays when deployed
+        travels = getattr(torch, wire) if wire else own
+        squares = _extra_squares(partials, steps, deployed, travels)
+        squares += float16_energy(partials, carried, deployed) * unit**2
+        extra = squares.clamp_min(0).sqrt()
         generator = torch.Generator().manual_seed(seed * 7919 + call.sequence)
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * extra.cpu() * unit
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * extra.cpu()
         noise += wire_error(partials, carried).cpu()
         if call.op == "reduce_scatter":
-            dim = int(call.detail.removeprefix("dim="))
-            noise = noise.chunk(group.size, dim)[group.rank]
+            noise = noise.chunk(group.size, call.dim)[group.rank]
         return result + (noise / (group.size if call.detail == "avg" else 1)).to(x.device, x.dtype)
 
     return intercept
 
 
-def _extra_energy(
+def _extra_squares(
     partials: Sequence[torch.Tensor],
     steps: Sequence[tuple[Sequence[torch.Tensor], torch.Tensor]],
     deployed: torch.dtype,
     wire: torch.dtype,
 ) -> torch.Tensor:
-    """Return what is rounded at TP=N beyond TP=1's one rounding, as energy in the deployed dtype.
+    """Return the mean square of what is rounded at TP=N beyond TP=1's one rounding.
 
     A number that a dtype holds is not rounded to it, and a sum with nothing is no sum: an embedding
-    of which one rank has the row costs nothing. A coarser wire rounds the partials again; a finer
-    one leaves the total to be rounded as it is at TP=1.
+    of which one rank has the row costs nothing. A coarser wire rounds the partials again; what a
+    finer one brings is rounded to the deployed dtype at last.
     """
-    finer = (eps(wire) / eps(deployed)) ** 2
-    energy = torch.zeros_like(partials[0])
+    coarser, finer = eps(wire) > eps(deployed), eps(wire) < eps(deployed)
+    squares = torch.zeros_like(partials[0])
     for term in partials:
-        energy += _rounded(term, deployed)
-        if finer > 1:
-            energy += finer * _rounded(term, wire)
+        squares += _rounded(term, deployed)
+        if coarser:
+            squares += _rounded(term, wire)
+    grids: dict[int, torch.Tensor] = {}  # of sums so far, which are operands of the next
     for operands, node in steps:
-        added = torch.stack([operand != 0 for operand in operands]).sum(0) > 1
-        energy += finer * torch.where(added, node.square(), 0.0)
-    return energy - _rounded(steps[-1][1], deployed) if finer >= 1 else energy
+        own = [grids[id(x)] if id(x) in grids else grid_of(x, wire) for x in operands]
+        finest = finest_grid(own)
+        squares += sum_square(node, finest, wire)
+        grids[id(node)] = torch.maximum(finest, grid_of(node, wire))
+    total = steps[-1][1]
+    if finer:
+        squares += node_square(torch.stack(list(partials)), total, deployed)
+    return squares - _rounded(total, deployed)
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the square of what `dtype` does not hold, 0 of what it does."""
-    return torch.where(x != x.to(dtype).double(), x.square(), 0.0)
+    """Return the mean square of what rounding to `dtype` leaves, 0 of what it holds."""
+    return torch.where(x != x.to(dtype).double(), rounding_square(x, dtype), 0.0)

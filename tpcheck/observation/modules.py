@@ -120,6 +120,8 @@ class ModuleTracer:
         self._points = points
         self._group = group
         self._until = until
+        self.outside: list[tuple[Collective, torch.Tensor, torch.Tensor]] = []
+        """Sums over ranks that no traced module makes, as `PointRecord.partials`."""
         self._open: list[tuple[str, PointRecord]] = []
         self._done = False
         self._finished = 0
@@ -167,9 +169,10 @@ class ModuleTracer:
 
     def _tap(self, group: RecordedGroup, call: Collective, x: torch.Tensor, run: Any) -> Any:
         result = run(x)
-        if call.op in ("all_reduce", "reduce_scatter") and call.detail not in ("max", "min"):
-            for _, record in self._open[-1:]:
-                record.partials.append((call, x.detach().cpu().clone(), result.detach().cpu()))
+        sums = call.op in ("all_reduce", "reduce_scatter") and call.detail not in ("max", "min")
+        if sums and group.size == self._group.size:  # else it is a sum over some of the ranks
+            partials = self._open[-1][1].partials if self._open else self.outside
+            partials.append((call, x.detach().cpu().clone(), result.detach().cpu().clone()))
         return result
 
 

@@ -2,38 +2,23 @@
 
 Requirement: what a PASS would have caught is asked of the user's subject, not of one of ours. So a
 fault is a change of what tpcheck hands out (a weight) or of what one collective takes or returns,
-at TP=N only. Code that calls torch.distributed itself is reached by a dispatch mode, which sees
-both the in-place calls and the functional ones that DTensor makes.
+at TP=N only. Code that calls torch.distributed itself is reached by own_calls.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass_type
 
 from tpcheck.groups.base import RecordedGroup
-from tpcheck.observation.dispatch_mode import PlainMode
+from tpcheck.observation.own_calls import OwnCalls
 from tpcheck.trace import Collective
 
 Run = Callable[[torch.Tensor], torch.Tensor]
-
-_DTENSOR_OPS = {
-    "all_reduce": "all_reduce",
-    "all_reduce_": "all_reduce",
-    "reduce_scatter_tensor": "reduce_scatter",
-    "all_gather_into_tensor": "all_gather",
-}
-"""torch.distributed's functional collectives, by the name they have in TPGroup."""
-
-_REDUCE_CODES = {0: "sum", 1: "avg", 3: "min", 4: "max"}
-"""c10d's ReduceOp, as it arrives at a dispatch mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +92,7 @@ class Planter:
         self._group.interceptor = self._collective
         try:
             # Simulated ranks have no torch.distributed, and modes cost Python for every op.
-            with _OwnCalls(self._group, self._collective) if real_ranks else _nothing():
+            with OwnCalls(self._group, self._own_collective) if real_ranks else _nothing():
                 yield
         finally:
             self._group.interceptor = None
@@ -126,6 +111,11 @@ class Planter:
             tensor = _WEIGHT_FAULTS[plant.kind](tensor, plant, self._group.size)
         self._handed_out = tensor
         return tensor
+
+    def _own_collective(
+        self, _peers: RecordedGroup, call: Collective, x: torch.Tensor, run: Run
+    ) -> torch.Tensor:
+        return self._collective(self._group, call, x, run)
 
     def _collective(
         self, group: RecordedGroup, call: Collective, x: torch.Tensor, run: Run
@@ -235,91 +225,3 @@ def _dim(site: CollectiveSite) -> int:
 @contextlib.contextmanager
 def _nothing() -> Iterator[None]:
     yield
-
-
-class _OwnCalls(PlainMode):
-    """Sends the torch.distributed calls of the subject's own through `intercept`."""
-
-    def __init__(self, group: RecordedGroup, intercept: Callable[..., torch.Tensor]) -> None:
-        super().__init__()
-        self._group = group
-        self._intercept = intercept
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if any(is_traceable_wrapper_subclass_type(one) for one in types):
-            return NotImplemented  # a DTensor first turns into the collectives it is made of
-        space, _, name = func.name().partition("::")
-        if not self._group.recorder.inside:
-            if space == "c10d" and name in _IN_PLACE:
-                return self._in_place(name, func, args, kwargs)
-            if space == "_c10d_functional" and name in _DTENSOR_OPS:
-                return self._functional(name, func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _functional(self, name: str, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        op, x = _DTENSOR_OPS[name], args[0]
-        target = x.clone() if name == "all_reduce_" else x
-
-        def run(operand: torch.Tensor) -> torch.Tensor:
-            result = func(operand.contiguous(), *args[1:], **kwargs)
-            waited: torch.Tensor = torch.ops._c10d_functional.wait_tensor(result)
-            return waited
-
-        detail = str(args[1]) if op == "all_reduce" else _cut(args[1])
-        result = self._called(op, detail, target, run)
-        return x.copy_(result) if name == "all_reduce_" else result
-
-    def _in_place(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        op, read, write, detail = _IN_PLACE[name](args)
-        if any(one.shape != write[0].shape for one in write):
-            return func(*args, **kwargs)  # uneven pieces cannot be swapped
-        returned: Any = None
-
-        def run(operand: torch.Tensor) -> torch.Tensor:
-            nonlocal returned
-            read.copy_(operand)
-            returned = func(*args, **kwargs)
-            dist.Work.unbox(returned[-1]).wait()
-            return torch.stack(write) if len(write) > 1 else write[0].clone()
-
-        was = read.clone()
-        result = self._called(op, detail, was, run)
-        read.copy_(was)
-        for one, value in zip(write, result if len(write) > 1 else [result], strict=True):
-            one.copy_(value)
-        return returned
-
-    def _called(self, op: str, detail: str, x: torch.Tensor, run: Run) -> torch.Tensor:
-        dtype = str(x.dtype).removeprefix("torch.")
-        call = Collective(-1, op, tuple(x.shape), dtype, detail)
-        return self._intercept(self._group, call, x, run)
-
-
-def _cut(reduction: Any) -> str:
-    """Return the detail of what cuts or joins dim 0; none of a reduction that is no sum."""
-    return "dim=0" if not isinstance(reduction, str) or reduction == "sum" else reduction
-
-
-def _reduction(code: Any) -> str:
-    return _REDUCE_CODES.get(code.op(), "other")
-
-
-_IN_PLACE: dict[str, Callable[[Any], tuple[str, torch.Tensor, list[torch.Tensor], str]]] = {
-    "allreduce_": lambda args: ("all_reduce", args[0][0], [args[0][0]], _reduction(args[2])),
-    "_allgather_base_": lambda args: ("all_gather", args[1], [args[0]], "dim=0"),
-    "_reduce_scatter_base_": lambda args: (
-        "reduce_scatter",
-        args[1],
-        [args[0]],
-        _cut(_reduction(args[3])),
-    ),
-    "allgather_": lambda args: ("all_gather", args[1][0], args[0][0], "dim=0"),
-}
-"""c10d op -> (collective, the tensor it reads, those it writes, detail)."""

@@ -1,9 +1,9 @@
 """Sums over ranks, carried in another dtype, and what went over the wire.
 
 Requirement: "what would float32 on the wire buy?" is answered by this subject, not by a law. Every
-sum that goes through TPGroup is cast to the wire's dtype, reduced by the ranks' own reduction and
-cast back; the kinds of numerics/low_precision.py are emulated on gathered operands, so that they
-can be had on any backend. Nothing else changes, so what differs is the wire.
+sum over ranks is cast to the wire's dtype, reduced by the ranks' own reduction and cast back; the
+kinds of numerics/low_precision.py are emulated on gathered operands, so that they can be had on any
+backend. Nothing else changes, so what differs is the wire.
 
 [Rounded Before] An operand has been rounded to the activations' dtype when it arrives here: a wider
 wire saves the roundings of the sum, not those of the terms. A kernel that hands its accumulator on
@@ -100,8 +100,7 @@ class Wire:
         if call.detail == "avg":
             total = total / group.size
         if call.op == "reduce_scatter":
-            dim = int(call.detail.removeprefix("dim="))
-            total = total.chunk(group.size, dim)[group.rank].contiguous()
+            total = total.chunk(group.size, call.dim)[group.rank].contiguous()
         return total
 
 
