@@ -20,16 +20,19 @@ from tpcheck.records import Report
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where a report goes besides the terminal."""
+    """Where a report goes besides the terminal. `plots`: its page has some."""
 
     json: Path | None = None
     html: Path | None = None
     junit: Path | None = None
     markdown: Path | None = None
+    plots: bool = False
 
     def assert_writable(self) -> None:
         """Refuse before the run what could not be written after it."""
         given = {name: getattr(self, name) for name in ("json", "html", "junit", "markdown")}
+        if self.html is not None:
+            _assert_pages(plots=self.plots)
         taken: dict[str, str] = {}
         for name, path in given.items():
             if path is None or (name == "json" and is_stdout(path)):
@@ -40,26 +43,29 @@ class Outputs:
             assert_writable(path)
 
     def write(self, report: Report) -> None:
-        """Write every file of a report but the JSON."""
+        """Write every file of a report but the JSON; a drift report has its own."""
+        drift = report.drift is not None
         if self.html is not None:
-            from tpcheck.render.html import render_html
-
-            write_text(render_html(report), self.html)
+            write_text(_page(report) if drift else _run_page(report), self.html)
         if self.junit is not None:
+            from tpcheck.render.drift_junit import render_drift_junit
             from tpcheck.render.junit import render_junit
 
-            write_text(render_junit(report), self.junit)
+            write_text((render_drift_junit if drift else render_junit)(report), self.junit)
         if self.markdown is not None:
+            from tpcheck.render.drift_markdown import render_drift_markdown
             from tpcheck.render.markdown import render_markdown
 
-            write_text(render_markdown(report), self.markdown)
+            write_text((render_drift_markdown if drift else render_markdown)(report), self.markdown)
 
     def show(self, report: Report, *, quiet: bool) -> None:
         """Publish a report as text and JSON."""
+        from tpcheck.render.drift import render_drift
         from tpcheck.render.text import render_text
         from tpcheck.report import to_json
 
-        self.publish(to_json(report), render_text(report), quiet=quiet)
+        render = render_text if report.drift is None else render_drift
+        self.publish(to_json(report), render(report), quiet=quiet)
 
     def publish(self, value: dict[str, Any], text: str, *, quiet: bool) -> None:
         """Write the JSON and print the text, its first line if quiet; with `--json -` the JSON."""
@@ -70,6 +76,28 @@ class Outputs:
                 return
             write_text(written, self.json)
         print_result(text.partition("\n")[0] if quiet else text)
+
+
+def _page(report: Report) -> str:
+    from tpcheck.render.drift_page import render_drift_page
+
+    return render_drift_page(report)
+
+
+def _run_page(report: Report) -> str:
+    from tpcheck.render.html import render_html
+
+    return render_html(report)
+
+
+def _assert_pages(*, plots: bool) -> None:
+    """Refuse before the run a page that could not be made after it."""
+    from tpcheck.render.figures import assert_matplotlib
+    from tpcheck.render.pages import assert_jinja2
+
+    assert_jinja2()
+    if plots:
+        assert_matplotlib()
 
 
 def is_stdout(path: Path) -> bool:

@@ -30,17 +30,31 @@ def render_fallback(rows: Sequence[Json]) -> str:
     """Return a table of effects; each row is an Effect's JSON with `tp_size` and `dtype`."""
     if not rows:
         return ""
-    cells = [_cells(row) for row in rows if not row["reason"]]
-    lines = [
-        f"what scoring at TP=1 buys, and costs; times of one forward, on {rows[0]['measured_on']}"
-    ]
+    cells = effect_rows(rows)
+    lines = [effect_title(rows)]
     if cells:
         table = tabulate(cells, headers=COLUMNS, tablefmt="simple", disable_numparse=True)
         lines += [line.rstrip() for line in table.splitlines()]
+    return "\n".join([*lines, *effect_remarks(rows)])
+
+
+def effect_title(rows: Sequence[Json]) -> str:
+    """Say what the table is, and where its times were measured."""
+    return (
+        f"what scoring at TP=1 buys, and costs; times of one forward, on {rows[0]['measured_on']}"
+    )
+
+
+def effect_rows(rows: Sequence[Json]) -> list[tuple[str, ...]]:
+    """Return a row of COLUMNS per effect that was measured."""
+    return [_cells(row) for row in rows if not row["reason"]]
+
+
+def effect_remarks(rows: Sequence[Json]) -> list[str]:
+    """Say why a level was not measured, and what else has to be known of the others."""
     refused = dict.fromkeys((row["level"], row["reason"]) for row in rows if row["reason"])
-    lines += [f"{level}: not measured: {reason}" for level, reason in refused]
-    lines += _remarks([row for row in rows if not row["reason"]])
-    return "\n".join(lines)
+    lines = [f"{level}: not measured: {reason}" for level, reason in refused]
+    return lines + _remarks([row for row in rows if not row["reason"]])
 
 
 def _cells(row: Json) -> tuple[str, ...]:

@@ -26,16 +26,16 @@ from tpcheck.render.text import printable, render_finding
 def render_markdown(report: Report) -> str:
     """Return the verdict as a heading, the table, and the first failing verdicts in full."""
     blocks = [
-        f"## {_escaped(headline(report))}",
-        f"{_code(subject_line(report))}: {count_line(report)}",
-        _escaped(sensitivity_line(report)),
+        f"## {escaped(headline(report))}",
+        f"{code(subject_line(report))}: {count_line(report)}",
+        escaped(sensitivity_line(report)),
         _table(report),
     ]
     failing = findings(report)
-    blocks += [_fenced(render_finding(finding)) for finding in failing[:MAX_SHOWN]]
+    blocks += [fenced(render_finding(finding)) for finding in failing[:MAX_SHOWN]]
     if len(failing) > MAX_SHOWN:
         blocks.append(f"... and {len(failing) - MAX_SHOWN} more that are not PASS")
-    notes = [f"- **{name}**: {_escaped(text)}" for name, text in footnotes(report)]
+    notes = [f"- **{name}**: {escaped(text)}" for name, text in footnotes(report)]
     return "\n\n".join(filter(None, [*blocks, "\n".join(notes)])) + "\n"
 
 
@@ -44,24 +44,27 @@ def _table(report: Report) -> str:
     if not body:
         return ""
     lines = [[column.replace("\n", " ") for column in COLUMNS], ["---"] * len(COLUMNS)]
-    lines += [[_escaped(cell) for cell in row] for row in body]
+    lines += [[escaped(cell) for cell in row] for row in body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Return one line of text that stands for itself in Markdown."""
     flat = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;")
     # "@" starts a mention wherever the text is posted; a zero-width space keeps it readable
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", flat).replace("@", "@\u200b")
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
+    """Return one line of text as code, whatever ticks it holds."""
     flat = " ".join(printable(text).split())
     ticks = "`" * (_longest_run(flat) + 1)
     pad = " " if flat.startswith("`") or flat.endswith("`") else ""
     return f"{ticks}{pad}{flat}{pad}{ticks}"
 
 
-def _fenced(text: str) -> str:
+def fenced(text: str) -> str:
+    """Return text as a block that no line of it can end."""
     fence = "`" * max(3, _longest_run(text) + 1)
     return f"{fence}text\n{text}\n{fence}"
 

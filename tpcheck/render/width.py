@@ -21,11 +21,21 @@ def render_width(cost: Json) -> str:
     """Return a WidthCost's JSON as text."""
     degrees = cost["degrees"]
     lines = [f"what width costs {cost['subject']} in {cost['dtype']}, on {cost['measured_on']}"]
-    lines += _table([_degree(one) for one in degrees], COLUMNS)
-    sizes = [row for one in degrees for row in _sizes(one)]
+    lines += _table(degree_rows(cost), COLUMNS)
+    sizes = size_rows(cost)
     lines += ["", *_table(sizes, BY_SIZE)] if sizes else []
     lines += [f"tp={one['tp_size']}: {one['reason']}" for one in degrees if one["reason"]]
     return "\n".join([*lines, "", cost["recommendation"]])
+
+
+def degree_rows(cost: Json) -> list[tuple[str, ...]]:
+    """Return a row of COLUMNS per degree."""
+    return [_degree(one) for one in cost["degrees"]]
+
+
+def size_rows(cost: Json) -> list[tuple[str, ...]]:
+    """Return a row of BY_SIZE per degree and size of an all-reduce."""
+    return [row for one in cost["degrees"] for row in _sizes(one)]
 
 
 def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> list[str]:
