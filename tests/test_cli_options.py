@@ -63,8 +63,12 @@ DRIFT = {
     "--atol": None,
     "--rtol": None,
     "--preset": None,
+    "--sensitivity": False,
     "--timeout": 120.0,
     "--json": None,
+    "--html": None,
+    "--junit": None,
+    "--markdown": None,
     "--quiet": False,
     "--no-progress": False,
 }
@@ -101,7 +105,88 @@ PROBE = {
     "--quiet": False,
     "--no-progress": False,
 }
+GATE = {
+    "report": None,
+    "--policy": None,
+    "--receipt": None,
+    "--sign": None,
+    "--new-key": None,
+    "--verify": None,
+    "--public-key": None,
+    "--model": None,
+    "--tp": None,
+    "--dtype": None,
+    "--paranoid": False,
+    "--json": None,
+    "--junit": None,
+    "--markdown": None,
+    "--quiet": False,
+}
 COMMANDS = {"run": RUN, "drift": DRIFT, "plan": PLAN, "probe": PROBE, "selfcheck": SELFCHECK}
+DIFF = {
+    "expected": None,
+    "actual": None,
+    "--shard-map": None,
+    "--tolerance": None,
+    "--order": None,
+    "--oracle": None,
+    "--atol": None,
+    "--rtol": None,
+    "--tp": None,
+    "--rank-pattern": None,
+    "--json": None,
+    "--jsonl": None,
+    "--html": None,
+    "--junit": None,
+    "--markdown": None,
+    "--quiet": False,
+    "--no-progress": False,
+}
+COMMANDS["gate"] = GATE
+COMMANDS["diff"] = DIFF
+
+
+GOLDEN_RECORD = {
+    "subject": None,
+    "directory": None,
+    "--full": False,
+    "--update": False,
+    "--stream": False,
+    "--dtype": ["bfloat16"],
+    "--backend": "auto",
+    "--cases": None,
+    "--case": None,
+    "--batch": None,
+    "--seq-len": None,
+    "--seed": 0,
+    "--timeout": 120.0,
+    "--json": None,
+    "--quiet": False,
+    "--no-progress": False,
+}
+GOLDEN_VERIFY = {
+    "subject": None,
+    "directory": None,
+    "--tp": "1",
+    "--dtype": [],
+    "--backend": "auto",
+    "--ranks-per-gpu": None,
+    "--cases": None,
+    "--case": None,
+    "--batch": None,
+    "--seq-len": None,
+    "--seed": None,
+    "--timeout": 120.0,
+    "--json": None,
+    "--html": None,
+    "--junit": None,
+    "--markdown": None,
+    "--quiet": False,
+    "--no-progress": False,
+}
+GOLDEN_LIST = {"first": None, "second": None, "--json": None, "--quiet": False}
+GOLDEN = {"record": GOLDEN_RECORD, "verify": GOLDEN_VERIFY, "list": GOLDEN_LIST}
+COMMANDS["golden"] = {}  # a group: its commands are below
 
 
 def options_of(command: Any) -> dict[str, Any]:
@@ -123,9 +208,18 @@ def test_the_commands_and_their_options_with_defaults() -> None:
     assert {name: options_of(command) for name, command in commands.items()} == COMMANDS
 
 
+def test_the_golden_commands_and_their_options_with_defaults() -> None:
+    golden = typer.main.get_command(app).commands["golden"]  # type: ignore[attr-defined]
+    assert {name: options_of(command) for name, command in golden.commands.items()} == GOLDEN
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["golden", "list", "none"], "error: none: is no folder, but should be one with golden"),
+        (["golden", "list", "builtin:x"], "error: DIR is missing: tpcheck golden list builtin:x"),
+        (["golden", "record", "builtin:x"], "DIR"),
+        (["golden", "verify", "x:y", "g", "--tp", "0"], "error: --tp='0', but should be whole"),
         (["run"], "error: SUBJECT is missing; `tpcheck run --list` shows the builtin ones"),
         (["run", "x:y", "--tp", "2,x"], "error: --tp='2,x', but should be whole numbers"),
         (["run", "x:y", "--tp", "0"], "error: --tp='0', but should be whole numbers"),
@@ -135,6 +229,11 @@ def test_the_commands_and_their_options_with_defaults() -> None:
         (["run", "x:y", "--timeout", "0"], "error: --timeout=0.0, but should be a finite number"),
         (["run", "x:y", "--json", "none/x.json"], "error: none/x.json: cannot be written: No such"),
         (["run", "x:y", "--html", "x", "--json", "x"], "error: --html=x, but should differ from"),
+        (["drift", "x:y", "--html", "none/x.html"], "error: none/x.html: cannot be written: No"),
+        (
+            ["drift", "x:y", "--html", "x", "--junit", "x"],
+            "error: --junit=x, but should differ from",
+        ),
         (["run", "x:y", "--cases", "0"], "--cases"),
         (["run", "x:y", "--dtype", "float8"], "--dtype"),
         (["run", "x:y", "--backend", "mpi"], "--backend"),
@@ -200,6 +299,17 @@ def test_a_passing_run_is_exit_0_with_every_output(folder: Path) -> None:
     assert done.stdout.startswith("PASS (structure); deployed path not exercised: nccl\n")
     for name in ("r.json", "r.html", "r.xml", "r.md"):
         assert "PASS" in (folder / name).read_text()
+
+
+def test_a_drift_run_writes_what_it_was_asked_for(folder: Path) -> None:
+    paths = ["--json", "d.json", "--html", "d.html", "--junit", "d.xml", "--markdown", "d.md"]
+    arguments = ["--tp", "2", "--backend", "sim", "--dtype", "bfloat16", "--wire", "float32"]
+    done = tpcheck("drift", "good.py:build", *arguments, *paths, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    ratio = json.loads((folder / "d.json").read_text())["drift"]["rows"][0]["ratio"]
+    assert f"{ratio:.4g}" in (folder / "d.html").read_text()
+    assert f'name="ratio" value="{ratio}"' in (folder / "d.xml").read_text()
+    assert f"{ratio:.2f} (" in (folder / "d.md").read_text()
 
 
 def test_a_failing_run_is_exit_1_and_its_repro_repeats_it(folder: Path) -> None:

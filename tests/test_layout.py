@@ -20,7 +20,7 @@ PACKAGE = ROOT / "tpcheck"
 
 ORDER = (
     "errors",
-    "json_reader",
+    "json_reader machine",
     "placement trace environment files progress",
     "model_digest",
     "numerics quantization",
@@ -50,9 +50,9 @@ ORDER = (
     "divergence case_runs drift_scores drift_layers drift_numbers drift_findings",
     "drift_profile drift_summary",
     "drift_runs",
-    "explanations",
-    "investigation",
-    "verdict",
+    "explanations golden_finding",
+    "investigation provenance golden_making golden_keeping",
+    "verdict golden_judging",
     "repro",
     "strategies doctor run_plan search",
     "judging",
@@ -64,7 +64,7 @@ ORDER = (
     "probe_command",
     "cli_options cli_output",
     "pytest_options pytest_summary",
-    "pytest_session",
+    "pytest_session cli_receipts",
     "pytest_check cli_diff cli_gate cli_golden",
     "cli pytest_plugin",
     "__main__",
@@ -75,7 +75,7 @@ TORCH_FREE = {
     "report": {"errors", "environment", "records", "files", "json_reader"},
     "render": {"errors", "environment", "records", "report"},
     "deployment_gate": set(
-        "errors environment records files json_reader model_digest report".split()
+        "errors environment records files json_reader machine model_digest report".split()
     ),
 }
 """Read on machines without torch, so these may import nothing else. The surfaces use them."""
@@ -86,10 +86,20 @@ PUBLIC_FUNCTIONS = set("run drift plan diff gate require subject golden_record s
 """Of the contract, now or later: none may be the name of a module directly under tpcheck/."""
 
 CALLS = {
+    "diff": "import torch; one = torch.arange(4.0)\n"
+    "assert tpcheck.diff({'x': one}, [{'x': one[:1]}, {'x': one[1:]}]).outcome == 'PASS'",
     "plan": "assert tpcheck.plan({'num_attention_heads': 6}, 'vllm', 4)[0].outcome == 'error'",
     "subject": "tpcheck.subject(vocab_size=8, seq_len=4)(lambda tp: None)",
     "drift": "assert tpcheck.drift('builtin:llama-tiny', (2,), backend='sim', wires=('float32',),"
     " dtypes=('bfloat16',)).drift['rows'][0]['epsilons'] > 0",
+    "gate": "tpcheck.gate(tpcheck.run('builtin:llama-tiny', (2,), backend='sim'), {'tp': [2],"
+    " 'dtypes': ['bfloat16'], 'backends': ['sim'], 'require_deployed_path': False,"
+    " 'min_sensitivity': 0})",
+    "require": "try:\n"
+    "    tpcheck.require('none.json', model_dir='.', tp_size=2, public_key='none.pub')\n"
+    "    raise SystemExit('nothing refused')\n"
+    "except tpcheck.GateRefused as refused:\n"
+    "    assert 'none.json: cannot be read' in refused.refusals[0].reason",
     "run": "assert tpcheck.run('builtin:llama-tiny', (2,), backend='sim').outcome == 'PASS'",
 }
 """How each public function is called; a new one needs a line here."""
@@ -192,7 +202,12 @@ def test_surfaces_reports_and_gates_load_no_torch() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["plan", "--help"], ["probe", "--help"], ["--version"]],
+    [
+        ["--version"],
+        ["--help"],
+        *([name, "--help"] for name in ("run", "plan", "probe", "gate", "diff", "golden")),
+        ["golden", "record", "--help"],
+    ],
 )
 def test_help_loads_no_torch(arguments: list[str]) -> None:
     code = (

@@ -12,6 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tpcheck.captures.comparing import diff
+    from tpcheck.deployment_gate.gating import gate
+    from tpcheck.deployment_gate.requiring import require
     from tpcheck.drift_command import drift
     from tpcheck.errors import (
         BackendError,
@@ -57,8 +60,11 @@ _HOMES = {
     "TPCheckError": "errors",
     "TPGroup": "groups.base",
     "Verdict": "records",
+    "diff": "captures.comparing",
     "drift": "drift_command",
+    "gate": "deployment_gate.gating",
     "plan": "planning",
+    "require": "deployment_gate.requiring",
     "run": "workflow",
     "subject": "subjects",
 }
@@ -87,8 +93,11 @@ __all__ = [
     "TPGroup",
     "Verdict",
     "__version__",
+    "diff",
     "drift",
+    "gate",
     "plan",
+    "require",
     "run",
     "subject",
 ]

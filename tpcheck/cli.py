@@ -18,6 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from tpcheck import cli_options as options
+from tpcheck.cli_diff import add_diff
+from tpcheck.cli_gate import gate
+from tpcheck.cli_golden import golden_app
 from tpcheck.cli_output import Outputs, print_error, print_result
 from tpcheck.environment import tpcheck_version
 from tpcheck.errors import TPCheckError
@@ -150,14 +153,18 @@ def drift(
     atol: options.Atol = None,
     rtol: options.Rtol = None,
     preset: options.Preset = None,
+    sensitivity: options.Sensitivity = False,
     timeout: options.Timeout = 120.0,
     json_path: options.JsonPath = None,
+    html: options.HtmlPath = None,
+    junit: options.JunitPath = None,
+    markdown: options.MarkdownPath = None,
     quiet: options.Quiet = False,
     no_progress: options.NoProgress = False,
 ) -> None:
     """How far does SUBJECT drift, per degree, dtype and dtype on the wire? Verdicts as of run."""
     tp_sizes = options.parse_tp_sizes(tp)
-    outputs = Outputs(json_path)
+    outputs = Outputs(json_path, html, junit, markdown, plots=True)
     with _running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
         from tpcheck import drift_command
 
@@ -180,13 +187,12 @@ def drift(
             declared=declared.value if declared else "",
             fallback=fallback or (),
             width=width,
+            sensitivity=sensitivity,
             timeout_s=timeout,
             progress=progress,
         )
-    from tpcheck.render.drift import render_drift
-    from tpcheck.report import to_json
-
-    outputs.publish(to_json(report), render_drift(report), quiet=quiet)
+    outputs.write(report)
+    outputs.show(report, quiet=quiet)
     raise typer.Exit(report.exit_code)
 
 
@@ -333,3 +339,8 @@ def _interruptible() -> Iterator[None]:
         if pool is not None:
             pool.close_pools()
         raise typer.Exit(INTERRUPTED) from None
+
+
+add_diff(app, _interruptible)
+app.add_typer(golden_app(_running), name="golden")
+app.command()(gate)

@@ -7,19 +7,32 @@ only variables with the prefixes below are kept, never the value of one that sou
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import sys
+from datetime import UTC, datetime
 from typing import Any
 
+from tpcheck.machine import (
+    driver_version,
+    nccl_settings,
+    nccl_version,
+    visible_gpus,
+    without_secret,
+)
+from tpcheck.machine import package_version as _version
+
 ENV_PREFIXES = ("NCCL_", "TORCH_", "GLOO_", "CUBLAS_", "NVIDIA_TF32_", "OMP_NUM_THREADS", "MKL_")
-SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
 def tpcheck_version() -> str:
     """Return the installed version of tpcheck, `0+unknown` when it runs uninstalled."""
     return _version("tpcheck") or "0+unknown"
+
+
+def utc_now() -> str:
+    """Return this moment as reports write it: UTC, to the second, like 2026-01-31T12:00:00Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def collect(*, backend: str = "", device: str = "cpu") -> dict[str, Any]:
@@ -41,6 +54,8 @@ def collect(*, backend: str = "", device: str = "cpu") -> dict[str, Any]:
         "transformers": _version("transformers"),
         **_torch_facts(device),
         "variables": _variables(),
+        "nccl_settings": nccl_settings(),
+        "nodes": _nodes(),
     }
 
 
@@ -65,6 +80,10 @@ def _torch_facts(device: str) -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name(0)
         facts["gpu_count"] = torch.cuda.device_count()
         facts["nccl"] = ".".join(map(str, nccl.version()))
+        # as a server's start will read them, without torch
+        facts["gpu_models"] = sorted(set(visible_gpus() or ()))
+        facts["nccl_library"] = nccl_version()
+        facts["driver"] = driver_version()
     return facts
 
 
@@ -74,13 +93,6 @@ def _allows_tf32(flag: Any) -> bool:
     if precision is not None and precision != "none":
         return bool(precision == "tf32")
     return bool(flag.allow_tf32)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_model() -> str:
@@ -94,6 +106,13 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _nodes() -> int:
+    """Return how many machines torchrun spans; 1 without it."""
+    world, local = os.environ.get("WORLD_SIZE", ""), os.environ.get("LOCAL_WORLD_SIZE", "")
+    whole = world.isdecimal() and local.isdecimal() and int(local) > 0
+    return max(1, -(-int(world) // int(local))) if whole else 1
+
+
 def _cores() -> int:
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
@@ -102,7 +121,7 @@ def _cores() -> int:
 
 def _variables() -> dict[str, str]:
     return {
-        name: "(hidden)" if any(word in name.upper() for word in SECRET_WORDS) else value
+        name: without_secret(name, value)
         for name, value in sorted(os.environ.items())
         if name.startswith(ENV_PREFIXES)
     }

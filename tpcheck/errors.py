@@ -6,6 +6,7 @@ act on are attributes too. All of them survive a pickle, because they cross proc
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class TPCheckError(Exception):
@@ -43,11 +44,26 @@ class BackendError(TPCheckError):
 
 
 class GateRefused(TPCheckError):
-    """A deployment that the policy does not allow."""
+    """A deployment that the policy does not allow.
+
+    `refusals` are all the reasons, each with its `reason` and `settle`, the command that would
+    settle it; the message lists them too.
+    """
+
+    def __init__(self, message: str, *, refusals: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.refusals = tuple(refusals)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_gate_refused, (self.args[0], self.refusals))
 
 
 class CheckFailed(TPCheckError):
     """A subject whose verdict is not PASS; the message is the whole text report."""
+
+
+def _rebuild_gate_refused(message: str, refusals: tuple[Any, ...]) -> GateRefused:
+    return GateRefused(message, refusals=refusals)
 
 
 def _rebuild_illegal_degree(message: str, legal: tuple[int, ...]) -> IllegalDegreeError:

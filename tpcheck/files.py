@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import stat
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,99 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
         raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def write_bytes(data: bytes, path: str | os.PathLike[str]) -> None:
+    """Replace the file at `path` in one step; when this returns, file and name are on the disk.
+
+    Raises:
+        TPCheckError: the file cannot be written; names the path, and leaves nothing there.
+    """
+    target = Path(path)
+    spare = _spare_name(target)
+    try:
+        try:
+            _create(data, spare, 0o644)
+            spare.replace(target)
+        finally:
+            spare.unlink(missing_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def write_private_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Replace the file at `path` as `write_text` does; nobody but its owner can ever open it.
+
+    Raises:
+        TPCheckError: the file cannot be written; names the path.
+    """
+    target = Path(os.path.realpath(path))
+    spare = _spare_name(target)
+    try:
+        try:
+            _create(text.encode("utf-8", errors="backslashreplace"), spare, 0o600)
+            spare.replace(target)
+        finally:
+            spare.unlink(missing_ok=True)
+    except OSError as error:
+        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def create_file(data: bytes, path: str | os.PathLike[str], *, mode: int = 0o644) -> None:
+    """Write a file that is not there yet, whole or not at all, with this mode from the start.
+
+    Raises:
+        TPCheckError: something is there already, or the file cannot be written; names the path.
+    """
+    target = Path(path)
+    spare = _spare_name(target)
+    try:
+        try:
+            _create(data, spare, mode)
+            os.link(spare, target)  # unlike a rename, this never takes the place of another file
+        finally:
+            spare.unlink(missing_ok=True)
+    except FileExistsError as error:
+        raise TPCheckError(f"{path}: is there already and is not overwritten") from error
+    except OSError as error:
+        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def read_bounded(path: str | os.PathLike[str], most_bytes: int, *, private: bool = False) -> bytes:
+    """Return the content of a regular file that nobody vouches for. Neither hangs nor fills memory.
+
+    Args:
+        path: of the file; links are followed.
+        most_bytes: a larger file is refused.
+        private: refuse one that others than its owner may read or write.
+
+    Raises:
+        TPCheckError: it cannot be read, is no regular file or is too large; names the path.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            mode = os.fstat(descriptor).st_mode
+            if not stat.S_ISREG(mode):
+                raise TPCheckError(f"{path}: is no regular file, but should be one")
+            if private and stat.S_IMODE(mode) & 0o077:
+                raise TPCheckError(
+                    f"{path}: has mode {stat.S_IMODE(mode):04o}, so that others can use it, but"
+                    f" should have 0600: chmod 600 {shlex.quote(os.fspath(path))}"
+                )
+            data = file.read(most_bytes + 1)
+    except OSError as error:
+        raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a zero byte in the path
+        raise TPCheckError(f"{path!s:.80}: cannot be read: {error}") from error
+    if len(data) > most_bytes:
+        raise TPCheckError(f"{path}: is larger than {most_bytes} bytes")
+    return data
+
+
 def assert_writable(path: str | os.PathLike[str]) -> None:
     """Raise now what `write_text` would raise after the run. Leaves nothing behind.
 
@@ -79,6 +173,14 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise TPCheckError(f"{path}: is not JSON: {error}") from error
+
+
+def _create(data: bytes, path: Path, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(descriptor)
 
 
 def _is_no_file(path: str | os.PathLike[str]) -> bool:

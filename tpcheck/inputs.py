@@ -51,6 +51,15 @@ def make_inputs(subject: Subject, case: Case, tp_sizes: Sequence[int]) -> Inputs
     return made
 
 
+def lengths_at(subject: Subject, case: Case, tp_size: int) -> list[int]:
+    """Return the lengths that a case runs at one degree; none where they are the subject's own."""
+    function = subject.options.inputs
+    if function is not None and not _takes_shape(function):
+        return []
+    swept = sweep_lengths(case.seq_len, (tp_size,)) if subject.options.sweep else []
+    return [*swept, case.seq_len]
+
+
 def more_inputs(subject: Subject, case: Case) -> Inputs:
     """Return MORE further inputs of A's shape, C1, C2, ...: for what A and B leave to chance.
 

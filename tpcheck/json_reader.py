@@ -34,8 +34,7 @@ class JsonReader:
     def __init__(self, value: Any, path: str, kind: Any = dict) -> None:
         # bool is an int to Python, but not to a reader of JSON
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            refuse(path, value, " or ".join(_WORDS[one] for one in kinds))
+            refuse(path, value, _named(kind))
         self.value = value
         self.path = path
 
@@ -43,7 +42,7 @@ class JsonReader:
         """Return the value at `key` with its path; a missing key without a default is refused."""
         value = self.value.get(key, default)
         if value is _MISSING:
-            raise TPCheckError(f"{self.path}.{key} is missing, but should be {_WORDS[kind]}")
+            raise TPCheckError(f"{self.path}.{key} is missing, but should be {_named(kind)}")
         return JsonReader(value, f"{self.path}.{key}", kind)
 
     def get(self, key: str, kind: Any, default: Any = _MISSING) -> Any:
@@ -89,6 +88,11 @@ def refuse(path: str, value: Any, expected: str) -> NoReturn:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     raise TPCheckError(f"{path}={shown}, but should be {expected}")
+
+
+def _named(kind: Any) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join(_WORDS[one] for one in kinds)
 
 
 def _no_constant(name: str) -> NoReturn:

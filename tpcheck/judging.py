@@ -6,8 +6,9 @@ where there is one; and a failure seen only in simulation counts when real proce
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from tpcheck.errors import BackendError, IllegalDegreeError, PlanError, SubjectError
 from tpcheck.groups.jobs import JobFailed, Ranks
@@ -35,6 +36,14 @@ class Seen:
     confirmed: int = 0
 
 
+class Investigating(Protocol):
+    """What finds out what a degree comes to."""
+
+    def findings(self, tp_size: int) -> Findings:
+        """Return every check at one degree."""
+        ...
+
+
 class CaseJudge:
     """Judges one case in one deployed dtype, at any number of degrees."""
 
@@ -49,6 +58,12 @@ class CaseJudge:
         self._settings = settings
         self._subject = subject_of(plan, case)
         self._investigation = Investigation(ranks, plan.ref, self._subject, case, dtype, settings)
+        self._findings_of: Investigating = self._investigation
+
+    def judged_by(self, wrapped: Callable[[Investigation], Investigating]) -> CaseJudge:
+        """Judge by the findings of what is made of this judge's investigation."""
+        self._findings_of = wrapped(self._investigation)
+        return self
 
     def verdict(self, tp_size: int) -> Verdict:
         """Return the verdict at one degree, from these ranks alone.
@@ -62,7 +77,7 @@ class CaseJudge:
         if illegal is not None and case.spec is None:
             return refused(case, tp_size, dtype, str(illegal), repro=repro)
         try:
-            found = self._investigation.findings(tp_size)
+            found = self._findings_of.findings(tp_size)
         except JobFailed as error:
             failure = error.failure
             if isinstance(failure.exception, (SubjectError, BackendError, PlanError)):

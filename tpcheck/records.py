@@ -33,6 +33,21 @@ CHECK_NAMES = (
 )
 """Every check, in the order reports show them."""
 
+OUTCOME_OF = {
+    "structural": "WRONG",
+    "tiling": "WRONG",
+    "rank_agreement": "WRONG",
+    "repeatability": "WRONG",
+    "decode": "WRONG",
+    "drift": "DRIFT",
+    "allclose": "DRIFT",
+    "schedule": "ERROR",
+    "plan": "ILLEGAL",
+    "bits": "DRIFT",  # of a golden record: rounded otherwise than recorded
+    "record": "INCONCLUSIVE",  # of a golden record: missing, or not to be trusted
+}
+"""What a failed check means for its verdict."""
+
 
 def worst(outcomes: list[str]) -> str:
     """Return the worst of some outcomes; INCONCLUSIVE when there are none."""
@@ -120,7 +135,11 @@ class Path:
 class Report:
     """Every verdict of a run with the environment that produced it. `outcome` is the worst one.
 
-    `drift` is what a drift report's profiles come to: drift_summary.py has its keys.
+    `drift` is what a drift report's profiles come to: drift_summary.py has its keys. What exactly
+    was run stands in `model` (directory and digests; None without a directory), `engine` (name,
+    version, arguments), `tested` (the lengths per degree, dtype and batch) and `reduction` (kind,
+    and whether it was emulated or is assumed); provenance.py makes them, and older reports lack
+    them. `created` is when it was made: UTC, ISO 8601; empty where it is not known.
     """
 
     subject: str
@@ -131,6 +150,11 @@ class Report:
     sensitivity: Mapping[str, Any] | None = None
     drift: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    model: Mapping[str, Any] | None = None
+    engine: Mapping[str, Any] | None = None
+    tested: tuple[Mapping[str, Any], ...] | None = None
+    reduction: Mapping[str, Any] | None = None
+    created: str = ""
 
     @property
     def outcome(self) -> str:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from tpcheck.errors import TPCheckError
 from tpcheck.files import read_json, write_text
-from tpcheck.json_reader import JsonReader, refuse
+from tpcheck.json_reader import JsonReader, parse_json, refuse
 from tpcheck.records import (
     CHECK_NAMES,
     FAIL,
@@ -35,10 +36,15 @@ from tpcheck.records import (
 
 Json = dict[str, Any]
 
+_RUN = ("model", "engine", "tested", "reduction")
+"""What exactly was run: absent where it is not known."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
 
 def to_json(report: Report) -> Json:
     """Return the report as plain JSON values, keys as in the contract, every number finite."""
-    top: Json = _finite(
+    top: Json = finite(
         {
             "schema": SCHEMA,
             "outcome": report.outcome,
@@ -56,6 +62,8 @@ def to_json(report: Report) -> Json:
             "verdicts": [_verdict_to_json(verdict) for verdict in report.verdicts],
         }
         | ({} if report.drift is None else {"drift": report.drift})
+        | {name: getattr(report, name) for name in _RUN if getattr(report, name) is not None}
+        | ({"created": report.created} if report.created else {})
     )
     return top
 
@@ -81,6 +89,11 @@ def from_json(value: Any) -> Report:
         sensitivity=top.optional("sensitivity", dict),
         drift=top.optional("drift", dict),
         notes=tuple(item.value for item in top.items("notes", str, default=())),
+        model=_model_from_json(top),
+        engine=_engine_from_json(top),
+        tested=_tested_from_json(top),
+        reduction=_reduction_from_json(top),
+        created=top.optional("created", str) or "",
     )
     if report.outcome != outcome:
         refuse("report.outcome", outcome, f"{report.outcome!r}, the worst of its verdicts")
@@ -108,7 +121,23 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     Raises:
         TPCheckError: the file cannot be read, is not JSON, or `from_json` refuses it.
     """
-    value = read_json(path)
+    return _vouched(read_json(path), path)
+
+
+def parse_report(data: bytes, path: str | os.PathLike[str]) -> Report:
+    """Return the report in the bytes of a file, as `read_report` does.
+
+    Raises:
+        TPCheckError: as `read_report`; names the path.
+    """
+    try:
+        value = parse_json(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TPCheckError(f"{path}: is not JSON: {error}") from error
+    return _vouched(value, path)
+
+
+def _vouched(value: Any, path: str | os.PathLike[str]) -> Report:
     try:
         return from_json(value)
     except TPCheckError as error:
@@ -145,18 +174,18 @@ def _divergence_to_json(first: FirstDivergence) -> Json:
     return value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return a copy in plain JSON types; a float that is not finite is null and says which."""
     if isinstance(value, Mapping):
         copy: Json = {}
         for key, item in value.items():
-            copy[str(key)] = _finite(item)
+            copy[str(key)] = finite(item)
             lost = _lost(item)
             if lost:
                 copy.setdefault(f"{key}_reason", f"was {lost}, which JSON cannot hold")
         return copy
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
@@ -228,3 +257,52 @@ def _path_from_json(item: JsonReader) -> Path:
         same_as_deployed=item.get("same_as_deployed", bool),
         differences=tuple(text.value for text in item.items("differences", str)),
     )
+
+
+def _model_from_json(top: JsonReader) -> Json | None:
+    if top.value.get("model") is None:
+        return None
+    item = top.reader("model")
+    item.get("directory", str)
+    for name in ("config_sha256", "weights_sha256"):
+        if not _SHA256.fullmatch(item.get(name, str)):
+            refuse(f"{item.path}.{name}", item.value[name], "64 digits in lower-case hexadecimal")
+    files = item.reader("files", dict, {})
+    for name in files.value:
+        if not _SHA256.fullmatch(files.get(name, str)):
+            refuse(f"{files.path}.{name}", files.value[name], "64 digits in lower-case hexadecimal")
+    return dict(item.value)
+
+
+def _engine_from_json(top: JsonReader) -> Json | None:
+    if top.value.get("engine") is None:
+        return None
+    item = top.reader("engine")
+    item.get("name", str)
+    item.optional("version", str)
+    item.get("arguments", dict)
+    return dict(item.value)
+
+
+def _reduction_from_json(top: JsonReader) -> Json | None:
+    if top.value.get("reduction") is None:
+        return None
+    item = top.reader("reduction")
+    item.get("kind", str)
+    item.get("basis", str)
+    return dict(item.value)
+
+
+def _tested_from_json(top: JsonReader) -> tuple[Json, ...] | None:
+    if top.value.get("tested") is None:
+        return None
+    rows = top.items("tested", dict)
+    for row in rows:
+        row.get("dtype", str)
+        for name in ("tp_size", "batch"):
+            if row.get(name, int) < 1:
+                refuse(f"{row.path}.{name}", row.value[name], "at least 1")
+        for length in row.items("lengths", int):
+            if length.value < 1:
+                refuse(length.path, length.value, "at least 1")
+    return tuple(dict(row.value) for row in rows)

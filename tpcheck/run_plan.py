@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from tpcheck.errors import TPCheckError
 from tpcheck.groups.opening import backend_room
 from tpcheck.investigation import Settings
+from tpcheck.provenance import WatchedModel, watch_model
 from tpcheck.shard_plan import legal_tp_sizes
 from tpcheck.spec import Case
 from tpcheck.subjects import Subject, SubjectRef
@@ -47,6 +48,7 @@ class RunPlan:
     max_failures: int | None
     options: tuple[str, ...]
     asked: bool
+    model: WatchedModel
 
 
 def make_run_plan(
@@ -109,6 +111,7 @@ def make_run_plan(
         max_failures=max_failures,
         options=options,
         asked=tp_sizes is not None,
+        model=watch_model(ref),
     )
 
 

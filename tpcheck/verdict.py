@@ -11,21 +11,9 @@ from collections.abc import Mapping
 
 from tpcheck.comparison import scientific
 from tpcheck.errors import IllegalDegreeError
-from tpcheck.records import FAIL, PASS, SKIPPED, Check, FirstDivergence, Verdict, worst
+from tpcheck.records import FAIL, OUTCOME_OF, PASS, SKIPPED, Check, FirstDivergence, Verdict, worst
 from tpcheck.spec import Case
 from tpcheck.trace import RankFailure
-
-_OUTCOME_OF = {
-    "structural": "WRONG",
-    "tiling": "WRONG",
-    "rank_agreement": "WRONG",
-    "repeatability": "WRONG",
-    "decode": "WRONG",
-    "drift": "DRIFT",
-    "allclose": "DRIFT",
-    "schedule": "ERROR",
-    "plan": "ILLEGAL",
-}
 
 
 def judge(
@@ -40,11 +28,11 @@ def judge(
 ) -> Verdict:
     """Decide the outcome of one (case, degree, dtype) from its checks."""
     failed = [name for name, check in checks.items() if _decides(name, check)]
-    outcome = worst([_OUTCOME_OF[name] for name in failed]) if failed else "PASS"
+    outcome = worst([OUTCOME_OF[name] for name in failed]) if failed else "PASS"
     if not failed and not _compared(checks):
         outcome = "INCONCLUSIVE"
     reasons = tuple(f"{name}: {checks[name].reason}" for name in failed)
-    if outcome == "INCONCLUSIVE":
+    if outcome == "INCONCLUSIVE" and not failed:
         reasons = tuple(
             f"{name}: {checks[name].reason}" for name in ("structural", "drift") if name in checks
         )
@@ -123,6 +111,8 @@ def _drift_headline(checks: Mapping[str, Check], failed: list[str]) -> str:
     lead = "same function" if proven else "no structural difference was seen"
     if "drift" in failed and checks["drift"].facts.get("overflow"):
         return f"{lead}; overflows in the deployed dtype"
+    if failed == ["bits"]:
+        return f"{lead}; rounded otherwise than recorded"
     if "allclose" not in failed:
         return f"{lead}; rounded more than this reduction explains"
     facts = checks["allclose"].facts

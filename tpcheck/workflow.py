@@ -17,6 +17,7 @@ from tpcheck.groups.opening import open_ranks
 from tpcheck.investigation import Settings
 from tpcheck.judging import CaseJudge, Seen
 from tpcheck.numerics.tolerance import users_tolerance
+from tpcheck.provenance import engine_facts, range_tested
 from tpcheck.records import PASS, Path, Report, Verdict
 from tpcheck.run_plan import (
     RunPlan,
@@ -155,7 +156,7 @@ def _verdicts(
 
 def report_of(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: Seen) -> Report:
     """Return the report of a plan's verdicts, with what carried them."""
-    facts = environment.collect()
+    facts = environment.collect(device="cuda" if seen.label.startswith("nccl") else "cpu")
     facts |= {"backend": seen.label, "subject": seen.facts}
     differences = [] if seen.label == "nccl" else [f"backend {seen.label}, not nccl"]
     if plan.settings.reduction != "ring":
@@ -168,7 +169,28 @@ def report_of(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: Seen) -> Repor
         path=path,
         tpcheck=environment.tpcheck_version(),
         notes=_notes(plan, seen),
+        model=plan.model.facts(),
+        engine=engine_facts(plan.ref, _arguments(plan, seen)),
+        tested=tuple(range_tested(plan.subject, verdicts)),
+        reduction={
+            "kind": plan.settings.reduction,
+            "basis": "emulated" if seen.label == "sim" else "assumed",
+        },
+        created=environment.utc_now(),
     )
+
+
+def _arguments(plan: RunPlan, seen: Seen) -> dict[str, Any]:
+    """Return what the subject was told to run as: what its own launch would be given."""
+    facts = {name: value for name, value in seen.facts.items() if name != "note"}
+    return {
+        "backend": seen.label,
+        "tp_sizes": list(plan.tp_sizes),
+        "dtypes": list(plan.dtypes),
+        "ranks_per_gpu": plan.ranks_per_gpu,
+        "options": list(plan.options),
+        "subject": facts,
+    }
 
 
 def _notes(plan: RunPlan, seen: Seen) -> tuple[str, ...]:
@@ -176,7 +198,9 @@ def _notes(plan: RunPlan, seen: Seen) -> tuple[str, ...]:
     degrees = () if plan.asked else (f"degrees {sizes} are those of the default that can be run",)
     said = seen.facts.get("note")
     searched = () if plan.cases else (_searched(plan, seen),)
-    return (*degrees, *searched, *([str(said)] if said else []))
+    unknown = plan.model.reason
+    digest = (f"the model has no digest, which a receipt needs: {unknown}",) if unknown else ()
+    return (*degrees, *searched, *digest, *([str(said)] if said else []))
 
 
 def _searched(plan: RunPlan, seen: Seen) -> str:

@@ -44,3 +44,22 @@ def test_tf32_is_seen_however_it_was_set() -> None:
     finally:
         matmul.allow_tf32 = before
     assert environment.collect()["tf32"] is False
+
+
+@pytest.mark.parametrize(
+    ("world", "local", "nodes"),
+    [("16", "8", 2), ("9", "8", 2), ("8", "8", 1), ("", "", 1), ("x", "8", 1), ("8", "0", 1)],
+)
+def test_nodes_are_those_that_torchrun_spans(
+    world: str, local: str, nodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert environment.collect()["nodes"] == nodes
+
+
+def test_settings_of_nccl_are_there_without_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_ALGO", "Ring")
+    monkeypatch.setenv("NCCL_MY_TOKEN", "s3cret")
+    found = environment.collect()["nccl_settings"]
+    assert (found["NCCL_ALGO"], found["NCCL_MY_TOKEN"]) == ("Ring", "(hidden)")

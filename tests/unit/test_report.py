@@ -310,3 +310,54 @@ def test_lone_surrogates_are_written_as_escapes(tmp_path: Any) -> None:
     report = make_report(subject="bad\udc80.py:build")
     write_report(report, tmp_path / "x.json")
     assert read_report(tmp_path / "x.json").subject == "bad\udc80.py:build"
+
+
+RUN_KEYS = {
+    "model": {"directory": "/m", "config_sha256": "a" * 64, "weights_sha256": "b" * 64},
+    "engine": {"name": "transformers", "version": "5.23.0", "arguments": {"tp_sizes": [2]}},
+    "tested": [{"tp_size": 2, "dtype": "bfloat16", "batch": 2, "lengths": [1, 16]}],
+    "reduction": {"kind": "ring", "basis": "assumed"},
+}
+
+
+def test_what_was_run_makes_the_trip_and_may_be_absent() -> None:
+    value = to_json(make_report())
+    assert not set(RUN_KEYS) & set(value)
+    value |= copy.deepcopy(RUN_KEYS)
+    report = from_json(value)
+    assert to_json(report) == value
+    assert report.tested == tuple(RUN_KEYS["tested"])
+    value |= dict.fromkeys(RUN_KEYS)
+    assert to_json(from_json(value)) == to_json(make_report())
+    own = {**RUN_KEYS["engine"], "version": None}  # type: ignore[dict-item]
+    assert from_json({**value, "engine": own}).engine == own
+
+
+@pytest.mark.parametrize(
+    ("key", "path", "value", "message"),
+    [
+        ("model", ("config_sha256",), "A" * 64, "report.model.config_sha256='AAA"),
+        ("model", ("weights_sha256",), "b" * 63, "report.model.weights_sha256='bbb"),
+        ("model", ("directory",), 7, "report.model.directory=7, but should be text"),
+        ("model", ("files",), {"x": "y"}, "report.model.files.x='y'"),
+        ("engine", ("name",), None, "report.engine.name=None, but should be text"),
+        ("engine", ("version",), 5, "report.engine.version=5, but should be text"),
+        ("engine", ("arguments",), [], r"report.engine.arguments=\[\], but should be an object"),
+        ("tested", (0, "tp_size"), 0, r"report.tested\[0\].tp_size=0, but should be at least 1"),
+        ("tested", (0, "batch"), True, r"report.tested\[0\].batch=True"),
+        ("tested", (0, "lengths", 1), 0, r"report.tested\[0\].lengths\[1\]=0"),
+        ("tested", (0, "dtype"), 1, r"report.tested\[0\].dtype=1, but should be text"),
+        ("reduction", ("kind",), 1, "report.reduction.kind=1, but should be text"),
+        ("reduction", ("basis",), None, "report.reduction.basis=None, but should be text"),
+    ],
+)
+def test_a_run_that_is_not_described_right_is_refused(
+    key: str, path: tuple[Any, ...], value: Any, message: str
+) -> None:
+    report = to_json(make_report()) | copy.deepcopy(RUN_KEYS)
+    inner: Any = report[key]
+    for step in path[:-1]:
+        inner = inner[step]
+    inner[path[-1]] = value
+    with pytest.raises(TPCheckError, match=message):
+        from_json(report)
