@@ -1,7 +1,7 @@
 """Every block of README.md runs, and prints what the README shows.
 
 `console` blocks are run command by command in one folder that holds the README's own files
-(`python` blocks whose first line is `# file: NAME`) and examples/; a comment `<!-- exit: N -->`
+(blocks whose first line is `# file: NAME`) and examples/; a comment `<!-- exit: N -->`
 above a block gives its exit code, 0 if there is none. Every line shown has to be printed; numbers
 may differ. `sh` blocks are set-up, which cannot run inside the tests it installs: they are
 held against .ci/run, which runs the same commands from nothing.
@@ -62,7 +62,7 @@ def commands() -> list[Command]:
 
 def files() -> dict[str, str]:
     named = re.compile(r"# file: (\S+)\n")
-    matches = [(named.match(b.body), b.body) for b in BLOCKS if b.language == "python"]
+    matches = [(named.match(b.body), b.body) for b in BLOCKS if b.language in ("python", "toml")]
     return {match[1]: body for match, body in matches if match}
 
 
@@ -114,7 +114,7 @@ def test_a_python_block_runs(script: str, folder: Path) -> None:
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
     assert BLOCKS
-    assert {block.language for block in BLOCKS} <= {"console", "python", "sh"}
+    assert {block.language for block in BLOCKS} <= {"console", "python", "sh", "toml"}
     assert README.count("```") == 2 * len(BLOCKS)
 
 
