@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import tpcheck
+from tpcheck.render.drift import render_drift
 from tpcheck.report import read_report
 
 SUBJECTS = Path(__file__).parents[1] / "drifting_subjects.py"
@@ -139,4 +140,6 @@ def test_a_drift_report_may_say_what_its_checks_would_have_caught() -> None:
     )
     assert asked.sensitivity is not None
     assert asked.sensitivity["caught"] > 0
+    assert "would have caught" in render_drift(asked).splitlines()[1]
+    assert "would have caught" not in render_drift(found)
     assert asked.drift is not None

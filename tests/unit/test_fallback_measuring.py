@@ -133,6 +133,9 @@ def test_the_table_shows_effect_beside_price():
     assert render_fallback([]) == ""
     nothing = render_fallback([{**full, "ratio_before": 1.02}])
     assert nothing.endswith("there is nothing to buy here")
+    free = render_fallback([{**full, "routing_pinned": False}])
+    assert "full: routing could not be pinned to the oracle's" in free
+    assert "routing" not in render_fallback([{**full, "routing_pinned": True}])
     apart = render_fallback([{**full, "ranks_agree": False}])
     assert "full at tp=4: ranks do not agree" in apart
 

@@ -19,6 +19,7 @@ from tpcheck.render.content import (
     findings,
     footnotes,
     headline,
+    sensitivity_line,
     subject_line,
 )
 from tpcheck.render.drift_content import (
@@ -38,7 +39,9 @@ from tpcheck.render.width import render_width
 def render_drift(report: Report) -> str:
     """Return the report as lines of text, the verdict on the first."""
     drift = drift_content(report)
-    blocks = [f"{headline(report)}\n{subject_line(report)}\n{count_line(report)}"]
+    caught = sensitivity_line(report)
+    head = [headline(report), *_lines([caught] * bool(caught))]
+    blocks = ["\n".join([*head, subject_line(report), count_line(report)])]
     for dtype in drift.dtypes():
         rows = drift.rows_in(dtype)
         blocks.append("\n".join([title(dtype, rows), *_table(rows), *_lines(remarks(rows))]))

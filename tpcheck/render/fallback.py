@@ -76,6 +76,12 @@ def _remarks(rows: Sequence[Json]) -> list[str]:
     said = []
     apart = [row for row in rows if not row["ranks_agree"]]
     said += [f"{row['level']} at tp={row['tp_size']}: ranks do not agree" for row in apart]
+    free = dict.fromkeys(row["level"] for row in rows if row.get("routing_pinned") is False)
+    if free:
+        said.append(
+            f"{', '.join(free)}: routing could not be pinned to the oracle's, so flips of experts"
+            " count as what the level changes"
+        )
     known = [row for row in rows if row["ratio_before"] is not None]
     if known and max(row["ratio_before"] for row in known) <= 1.05:
         said.append(
