@@ -4,8 +4,9 @@
 
 One case is one TP=1 and one TP=N build, forward and comparison of benchmarks/subject.py.
 Every way is measured in this one run, so that ratios hold on a machine whose speed drifts. `limit`
-is twice the TP=1 forward on one core and nothing else: no harness can be faster. `cold` cases have
-a new seed each, so that weights are drawn; `cached` ones share a seed.
+is twice the TP=1 forward on one core and nothing else: no harness can be faster; `gloo limit` is
+the case's four all-reduces over the pool's own ranks and nothing else: no pool can be. `cold` cases
+have a new seed each, so that weights are drawn; `cached` ones share a seed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from subject import HIDDEN, WIDE
+from subject import HIDDEN, TOKENS, WIDE
 
 from tpcheck import environment
 from tpcheck.comparison import compare
@@ -91,6 +92,26 @@ def forward_seconds(world: World, _payload: None) -> float:
     return statistics.median(times)
 
 
+def gloo_limit(pool: RankPool, tp_size: int) -> float:
+    """Return 1 / (the case's four bare all-reduces): no pool over this Gloo can be faster."""
+    result = pool.run([Job("throughput:reduce_seconds", None, tp_size)])[0]
+    assert result.failure is None, result.failure
+    return 1 / max(result.replies)
+
+
+def reduce_seconds(world: World, _payload: None) -> float:
+    """Return the median time of four all-reduces of the case's size. Runs as a job."""
+    dtype = getattr(torch, DTYPE)
+    process_group = world.group(seed=0, dtype=dtype, weight_dtype=dtype).process_group
+    x, times = torch.zeros(2, TOKENS, HIDDEN, dtype=dtype), []
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(4):
+            dist.all_reduce(x, group=process_group)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
 def processes_per_case(method: str, tp_size: int, seed: int) -> None:
     """Start the ranks of one case, run it over Gloo, and end them: what a launcher does."""
     context = multiprocessing.get_context(method)
@@ -137,6 +158,7 @@ def measure(tp_size: int, seconds: float) -> dict[str, float]:
     if WIDE:
         return ways
     with RankPool(tp_size + 1) as pool:  # TP=1 runs beside TP=N
+        ways["gloo limit"] = gloo_limit(pool, tp_size)
         ways["pool cached"] = per_second(lambda _: run_case(pool, tp_size, 0), seconds)
         ways["pool cold"] = per_second(lambda seed: run_case(pool, tp_size, seed), seconds)
     for method in ("fork", "spawn"):

@@ -372,9 +372,10 @@ def whole(output: Any) -> Any:
 
 def digest(tensor: torch.Tensor) -> str:
     """Return a hash of a tensor's bytes, dtype and shape: equal exactly when the bits are."""
-    flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-    header = f"{tensor.dtype}{tuple(tensor.shape)}".encode()
-    return hashlib.blake2b(flat.numpy().tobytes() + header, digest_size=16).hexdigest()
+    flat: Any = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+    hashed = hashlib.blake2b(flat, digest_size=16)  # in place: outputs can be large
+    hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    return hashed.hexdigest()
 
 
 def _checked_shards(shards: Any) -> dict[str, tuple[torch.Tensor, Any]]:

@@ -9,6 +9,7 @@ can be, and every second one stands at the edge of a vocabulary shard, where mas
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -102,6 +103,7 @@ def token_ids(generator: torch.Generator, vocab: int, batch: int, length: int) -
     return ids
 
 
+@functools.cache
 def _shard_edges(vocab: int) -> torch.Tensor:
     """Return the first and last ids of every rank's vocabulary shard."""
     edges = {0, vocab - 1}

@@ -1,6 +1,7 @@
 """Job functions for the chaos tests: what ranks are told to do wrong, and right."""
 
 import faulthandler
+import gc
 import os
 import signal
 import subprocess
@@ -25,6 +26,11 @@ def healthy(world, payload):
 
 def whoami(world, payload):
     return {"pid": os.getpid(), "backend": world.backend, "env": dict(os.environ)}
+
+
+def collector(world, payload):
+    """Whether garbage is collected here, and how many objects are kept out of it."""
+    return gc.isenabled(), gc.get_freeze_count()
 
 
 def empty(world, payload):

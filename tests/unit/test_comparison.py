@@ -1,5 +1,6 @@
 """compare: position-exact, masks first, and the smallest tolerance that would have passed."""
 
+import dataclasses
 import math
 
 import pytest
@@ -66,6 +67,21 @@ def test_masks_count_by_position_and_kind_and_stay_out_of_every_norm():
     assert (found.worst_error, found.rms_error, found.required_atol) == (1, 1, 1)
     assert found.mismatches == 1 + 3
     assert all(map(math.isfinite, (found.relative_rms, found.rms_expected, found.worst_ulp)))
+
+
+@pytest.mark.parametrize(("rtol", "atol"), [(0.0, 0.0), (0.1, 0.0), (0.1, 0.05)])
+def test_finite_elements_are_measured_alike_with_and_without_masks_beside_them(rtol, atol):
+    generator = torch.Generator().manual_seed(0)
+    expected = torch.randn(6, 10, generator=generator, dtype=torch.float64)
+    actual = expected + 0.1 * torch.randn(6, 10, generator=generator, dtype=torch.float64)
+    plain = compare(actual, expected, rtol=rtol, atol=atol)
+    row = torch.tensor([[nan, inf, -inf, nan, inf] * 2], dtype=torch.float64)
+    masked = compare(torch.cat([actual, row]), torch.cat([expected, row]), rtol=rtol, atol=atol)
+    rms = ("rms_error", "rms_expected", "relative_rms")
+    alike = {name: pytest.approx(getattr(plain, name), rel=1e-12) for name in rms}
+    assert dataclasses.asdict(masked) == dataclasses.asdict(plain) | alike
+    assert plain.required_atol == float(((actual - expected).abs() - rtol * expected.abs()).max())
+    assert 0 < plain.mismatches <= plain.count == 60
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3)])

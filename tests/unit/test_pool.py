@@ -57,6 +57,36 @@ def test_tensors_survive_the_wire_bit_for_bit_and_are_writable():
         actual.view(torch.uint8 if actual.element_size() == 1 else actual.dtype).zero_()
 
 
+class Narrow:
+    """A socket that takes at most so many bytes at a time."""
+
+    def __init__(self, most):
+        self.most, self.taken, self.calls = most, bytearray(), 0
+
+    def sendmsg(self, pieces):
+        took = b"".join(pieces)[: self.most]
+        self.taken += took
+        self.calls += 1
+        return len(took)
+
+
+@pytest.mark.parametrize("most", [1, 7, 8, 9, 64, 100, 1 << 20])
+def test_a_frame_arrives_whole_however_little_the_socket_takes_at_once(most):
+    sent = list(tensors())
+    sock = Narrow(most)
+    wire.send(sock, sent)
+    for actual, expected in zip(wire.unpack(sock.taken[8:]), sent, strict=True):
+        assert_same(actual, expected)
+    assert sock.calls == -(-len(sock.taken) // most)  # one system call where it takes all
+
+
+def test_a_frame_of_more_pieces_than_one_call_takes_arrives_whole():
+    sent = [torch.tensor([float(n)]) for n in range(1000)]
+    sock = Narrow(1 << 20)
+    wire.send(sock, sent)
+    assert torch.equal(torch.cat(wire.unpack(sock.taken[8:])), torch.arange(1000.0))
+
+
 def test_parameters_arrays_and_nested_packets_survive_the_wire():
     inner = wire.pack(torch.arange(5))
     value = {"p": torch.nn.Parameter(torch.ones(2)), "a": np.arange(4), "inner": inner, "n": None}
@@ -169,6 +199,12 @@ def test_a_job_finds_the_process_as_the_first_one_did(pool):
     for reply, first in zip(replies(pool, "look_around", size=2), before, strict=True):
         assert reply | {"fds": 0} == first | {"fds": 0}
         assert reply["directory"] == os.getcwd()
+
+
+def test_ranks_collect_their_garbage_but_not_the_imports_they_share(pool):
+    for enabled, frozen in replies(pool, "collector"):
+        assert enabled
+        assert frozen > 10_000  # the modules that the zygote imported
 
 
 def test_groups_that_jobs_leave_open_do_not_pile_up(pool):

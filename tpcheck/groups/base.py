@@ -10,6 +10,7 @@ Shape rules: every rank passes equal shape and dtype; split dims divide by size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -101,6 +102,12 @@ Interceptor = Callable[
 ]
 """(group, call, x, run) -> result. `run(x)` does the collective; a check may look at x, change it,
 change the result, or not run it at all. It is called at size 1 too."""
+
+
+@functools.cache
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype as reports print it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 class Recorder:
@@ -240,7 +247,7 @@ class RecordedGroup:
 
         if self.recorder.on_send is not None:
             self.recorder.on_send(op, detail, (x,))
-        call = self.recorder.enter(op, tuple(x.shape), str(x.dtype).removeprefix("torch."), detail)
+        call = self.recorder.enter(op, tuple(x.shape), dtype_name(x.dtype), detail)
         try:
             if self.interceptor is not None:
                 return self.interceptor(self, call, x, run)

@@ -26,7 +26,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from tpcheck.errors import BackendError, SubjectError
-from tpcheck.groups.base import RecordedGroup, Recorder
+from tpcheck.groups.base import RecordedGroup, Recorder, dtype_name
 from tpcheck.groups.jobs import Job, JobResult
 from tpcheck.groups.simulated_failures import (
     Alarm,
@@ -301,10 +301,8 @@ class SimulatedGroup(RecordedGroup):
         self._world.meet(self._named("barrier", (), "", ""), None, None)
 
     def _meet(self, op: str, x: Tensor, detail: str, combine: Combine) -> Tensor:
-        dtype = str(x.dtype).removeprefix("torch.")
-        result: Tensor = self._world.meet(
-            self._named(op, tuple(x.shape), dtype, detail), x, combine
-        )
+        call = self._named(op, tuple(x.shape), dtype_name(x.dtype), detail)
+        result: Tensor = self._world.meet(call, x, combine)
         return result
 
     def _named(self, op: str, shape: tuple[int, ...], dtype: str, detail: str) -> Collective:

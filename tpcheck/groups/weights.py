@@ -16,7 +16,7 @@ import fcntl
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -29,20 +29,23 @@ DEFAULT_STD_1D = 0.5
 
 
 class WeightStore(Protocol):
-    """Where made tensors are kept. `get` returns a tensor that the caller may write to."""
+    """Where made tensors are kept. `get` returns a tensor that the caller may write to.
 
-    def get(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor: ...
+    A key is anything hashable whose repr is the same in every process.
+    """
+
+    def get(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor: ...
 
 
 class MemoryStore:
     """Share within one process; keeps at most `max_bytes`, dropping the oldest first."""
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
-        self._tensors: dict[str, torch.Tensor] = {}
+        self._tensors: dict[Hashable, torch.Tensor] = {}
         self._bytes = 0
         self._max_bytes = max_bytes
 
-    def get(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def get(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         tensor = self._tensors.get(key)
         if tensor is None:
             tensor = make()
@@ -65,9 +68,9 @@ class FileStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._headers: dict[str, tuple[str, torch.dtype, tuple[int, ...]]] = {}
+        self._headers: dict[Hashable, tuple[str, torch.dtype, tuple[int, ...]]] = {}
 
-    def get(self, key: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def get(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         try:
             header = self._headers.get(key)
             if header is None or not os.path.exists(header[0]):
@@ -77,9 +80,9 @@ class FileStore:
             return make()
 
     def _shared(
-        self, key: str, make: Callable[[], torch.Tensor]
+        self, key: Hashable, make: Callable[[], torch.Tensor]
     ) -> tuple[str, torch.dtype, tuple[int, ...]]:
-        digest = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
         meta = self.directory / f"{digest}.meta"
         if not meta.exists():
             with open(self.directory / f"{digest}.lock", "w") as lock:
@@ -162,9 +165,9 @@ class WeightSource:
                 f" but was asked before with {_describe(first)}; give each tensor its own name"
             )
         target = dtype or self.dtype
-        sigma = std if std is not None else _default_std(shape)
-        key = f"{self.seed}|{name}|{shape}|{sigma}|{self.weight_dtype}|{target}"
-        tensor = self._store.get(key, lambda: self._make(name, shape, sigma).to(target))
+        # Not its text: each rank asks for each weight, and text takes longer than the look-up.
+        key = (self.seed, name, shape, std, self.weight_dtype, target)
+        tensor = self._store.get(key, lambda: self._make(name, shape, std).to(target))
         return tensor if self.perturb is None else self.perturb(name, tensor)
 
     def offer(self, loaders: Iterable[NamedLoader]) -> None:
@@ -191,10 +194,10 @@ class WeightSource:
             return tensor
         return tensor.to(self.weight_dtype).to(self.dtype)
 
-    def _make(self, name: str, shape: tuple[int, ...], std: float) -> torch.Tensor:
+    def _make(self, name: str, shape: tuple[int, ...], std: float | None) -> torch.Tensor:
         generator = keyed_generator(f"{self.seed}\0{name}")
         values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        return values.mul_(std).to(self.weight_dtype)
+        return values.mul_(_default_std(shape) if std is None else std).to(self.weight_dtype)
 
     def _checked_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)):

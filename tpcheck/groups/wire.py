@@ -16,6 +16,7 @@ import struct
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ import torch
 _ALIGNMENT = 64
 _LENGTH = struct.Struct("<Q")
 _COUNT = struct.Struct("<I")
+_MOST_PIECES = 64
+"""Pieces handed to the kernel at once. A frame in one call wakes the other side once, not six times
+for a small job's order; with more ranks than cores every wake-up takes a core from a rank."""
 
 Buffer = bytes | bytearray | memoryview
 
@@ -89,8 +93,9 @@ def unpack(packed: bytearray | memoryview) -> Any:
 
 def send(sock: socket.socket, value: object) -> None:
     """Write one frame, waiting until the other side took it."""
-    for part in frame(value):
-        sock.sendall(part)
+    outgoing = deque(memoryview(part) for part in frame(value))
+    while outgoing:
+        _send_some(sock, outgoing)
 
 
 def receive(sock: socket.socket) -> Any:
@@ -136,11 +141,7 @@ class Channel:
     def flush(self) -> None:
         try:
             while self._outgoing:
-                sent = self._sock.send(self._outgoing[0])
-                if sent == len(self._outgoing[0]):
-                    self._outgoing.popleft()
-                else:
-                    self._outgoing[0] = self._outgoing[0][sent:]
+                _send_some(self._sock, self._outgoing)
         except BlockingIOError:
             pass
         except OSError:
@@ -183,6 +184,16 @@ class Channel:
             return None
         self._target = bytearray(_LENGTH.size)
         return unpack(complete)
+
+
+def _send_some(sock: socket.socket, outgoing: deque[memoryview]) -> None:
+    """Send what the socket takes of these pieces, none of them empty, and drop it from them."""
+    sent = sock.sendmsg(list(islice(outgoing, _MOST_PIECES)))
+    while sent:
+        if sent < len(outgoing[0]):
+            outgoing[0] = outgoing[0][sent:]
+            return
+        sent -= len(outgoing.popleft())
 
 
 class _Pickler(pickle.Pickler):
