@@ -21,7 +21,7 @@ from tpcheck.case_runs import CaseRuns
 from tpcheck.errors import TPCheckError
 from tpcheck.golden.records import Golden, Named, case_slug, slug
 from tpcheck.golden.store import Entry, prepare, scan
-from tpcheck.golden_finding import Found, find_record, named_records
+from tpcheck.golden_finding import Found, find_record, named_of_weights, named_records
 from tpcheck.golden_judging import AgainstRecord
 from tpcheck.golden_keeping import DIFFERENT, keep
 from tpcheck.golden_making import (
@@ -31,6 +31,7 @@ from tpcheck.golden_making import (
     alone_streamed,
     identify,
     make_golden,
+    of_directory,
 )
 from tpcheck.groups.jobs import JobFailed, Ranks
 from tpcheck.groups.opening import open_ranks
@@ -181,7 +182,7 @@ def golden_verify(
         seed=seed or 0,
     )
     entries = scan(folder)
-    named = () if asked else named_records(entries, plan.ref.label)
+    named = () if asked else _named(entries, plan)
     if not named and not plan.cases:
         raise TPCheckError(
             f"{plan.ref.label} takes specs, and there is no record of it in {folder}: name a case"
@@ -194,6 +195,14 @@ def golden_verify(
         verdicts = tuple(_verdicts(plan, ranks, seen, folder, entries, wanted, progress))
     report = report_of(plan, verdicts, seen)
     return replace(report, notes=(*report.notes, *_notes(entries, folder, plan, wanted)))
+
+
+def _named(entries: Sequence[Entry], plan: RunPlan) -> tuple[Named, ...]:
+    """Return what there should be records of: by the subject's name, else by its very files."""
+    named = named_records(entries, plan.ref.label)
+    if named or plan.model.digested is None:
+        return named
+    return named_of_weights(entries, *of_directory(plan.model.digested.digest))
 
 
 def _plan(
@@ -336,6 +345,12 @@ def _notes(
     left = len(ours - set(wanted))
     bad = [e.file for e in entries if e.state not in ("ok", "temporary")]
     notes = [f"{left} more records of this subject were not verified"] if left else []
+    others = sorted({e.golden.subject for e in entries if e.golden is not None})
+    if others and not ours:
+        notes.append(
+            f"no record is called {plan.ref.label}, so those of the same weights, config and inputs"
+            f" counted; recorded are {', '.join(others[:3])}"
+        )
     if bad:
         notes.append(f"{len(bad)} files of {folder} are no good: tpcheck golden list {folder}")
     return tuple(notes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tpcheck.errors import TPCheckError
 from tpcheck.golden.records import Golden, Identity, Named, canonical, case_slug, slug
@@ -80,6 +81,21 @@ def named_records(entries: Sequence[Entry], label: str) -> tuple[Named, ...]:
         if len(parts) == 5 and parts[0] == slug(label) and _is_case(parts[1])
     ]
     return tuple(sorted(dict.fromkeys((*ours, *missing(entries, label), *broken))))
+
+
+def named_of_weights(
+    entries: Sequence[Entry], weights: Mapping[str, str], config: Mapping[str, Any]
+) -> tuple[Named, ...]:
+    """Return what `named_records` does, for every subject that was recorded with these files."""
+    labels = {
+        e.golden.subject
+        for e in entries
+        if e.golden is not None
+        and e.golden.identity.source == "directory"
+        and (e.golden.identity.weights, e.golden.identity.config) == (weights, config)
+    }
+    found = [one for label in sorted(labels) for one in named_records(entries, label)]
+    return tuple(sorted(dict.fromkeys(found)))
 
 
 def _is_case(text: str) -> bool:

@@ -91,10 +91,7 @@ def identify(
         config = {} if spec is None else spec.to_fields()
     else:
         source = "directory"
-        files = {file.name: file.sha256 for file in directory.files}
-        of_weights = (".safetensors", ".safetensors.index.json")
-        weights = {name: one for name, one in files.items() if name.endswith(of_weights)}
-        config = {name: one for name, one in files.items() if name not in weights}
+        weights, config = of_directory(directory)
     return identity_of(
         source=source,
         weights=weights,
@@ -103,6 +100,14 @@ def identify(
         dtype=runs.dtype,
         tpcheck=environment.tpcheck_version(),
     )
+
+
+def of_directory(directory: ModelDigest) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the digests of a model directory's weights and of its config, by file."""
+    files = {file.name: file.sha256 for file in directory.files}
+    of_weights = (".safetensors", ".safetensors.index.json")
+    weights = {name: one for name, one in files.items() if name.endswith(of_weights)}
+    return weights, {name: one for name, one in files.items() if name not in weights}
 
 
 def recorded_inputs(runs: CaseRuns, case: Case) -> Inputs:

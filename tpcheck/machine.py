@@ -6,14 +6,17 @@ under a second. So GPUs, driver and NCCL are read from NVML where its bindings a
 refuse then.
 
 [NCCL Settings] NCCL takes its variables from the environment, then from NCCL_CONF_FILE or
-~/.nccl.conf, then from /etc/nccl.conf (misc/param.cc). A file that nobody sees changes an algorithm
-as well as a variable does, so all three are read.
+.nccl.conf in the home that the password database names, HOME or not, then from /etc/nccl.conf; of
+a variable that stands twice the first counts (misc/param.cc). A file that nobody sees changes an
+algorithm as well as a variable does, so all three are read, as NCCL reads them.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
+import pwd
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -80,16 +83,46 @@ def nccl_version(environ: Mapping[str, str] = os.environ) -> str | None:
 
 def nccl_settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return every NCCL_ setting in force, from [NCCL Settings], without a secret's value."""
-    user = environ.get("NCCL_CONF_FILE") or os.path.join(environ.get("HOME", ""), ".nccl.conf")
-    found = _conf(ETC) | (_conf(Path(user)) if os.path.isabs(user) else {})
+    named, home = environ.get("NCCL_CONF_FILE"), user_home()
+    user = Path(named) if named else home and home / ".nccl.conf"
+    found = _conf(ETC) | (_conf(user) if user else {})
     found |= {name: value for name, value in environ.items() if name.startswith("NCCL_")}
     return {name: without_secret(name, found[name]) for name in sorted(found)}
+
+
+def user_home() -> Path | None:
+    """Return where NCCL looks for .nccl.conf, whatever HOME says; None for a user without entry."""
+    try:
+        return Path(pwd.getpwuid(os.getuid()).pw_dir)
+    except KeyError:
+        return None
 
 
 def without_secret(name: str, value: str) -> str:
     """Return a variable's value, or that it is hidden where the name sounds like a secret's."""
     sound = name.upper().replace("NCCL_IB_PKEY", "")  # the number of a partition, no key to it
     return HIDDEN if any(word in sound for word in SECRET_WORDS) else value
+
+
+def torch_version() -> str | None:
+    """Return torch.__version__ of the torch that would be imported, without importing it.
+
+    That is not its package's version: of 2.9.1+cu128 the wheel on PyPI is called 2.9.1.
+    """
+    try:
+        found = importlib.util.find_spec("torch")
+    except (ImportError, ValueError):  # a finder of somebody's, or a stand-in without a spec
+        return None
+    if found is None or found.origin is None:
+        return None
+    text = _text(Path(found.origin).with_name("version.py"))
+    said = re.search(r"^__version__\s*=\s*['\"]([^'\"]+)['\"]", text or "", re.MULTILINE)
+    return said[1] if said else None
+
+
+def version_here(name: str) -> str | None:
+    """Return what a report calls the version of torch or another package; None if unknown."""
+    return torch_version() if name == "torch" else package_version(name)
 
 
 def package_version(name: str) -> str | None:
@@ -166,11 +199,11 @@ def _chosen(found: list[Gpu], wanted: str, order: str) -> tuple[str, ...] | None
 
 
 def _conf(path: Path) -> dict[str, str]:
-    found = {}
-    for line in (_text(path) or "").splitlines():
+    found: dict[str, str] = {}
+    for line in (_text(path) or "").split("\n"):  # a line ends there and nowhere else
         name, equals, value = line.partition("=")
         if equals and not line.startswith("#") and name.startswith("NCCL_"):
-            found[name] = value
+            found.setdefault(name, value.removesuffix("\r"))
     return found
 
 
@@ -186,6 +219,7 @@ def _fields(text: str) -> dict[str, str]:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+        # no newline is translated, and bytes that are no text stay different from each other
+        return path.read_bytes().decode(errors="backslashreplace") if path.is_file() else None
     except OSError:
         return None

@@ -7,11 +7,16 @@ index. A server's start cannot wait for 140 GB, so the digest of a weight file i
 real path, size, times, inode and device, and is read again when one of them differs.
 
 [Settled] A file that changed in the last moments may change again without its times showing it
-(clocks of file systems are coarse), so its digest is not kept.
+(clocks of file systems are coarse), so its digest is not kept. Nor do they show a second write to a
+page that somebody maps and that is not on the disk yet; so a file is flushed before it is read.
+
+[Adapters] Where adapter_config.json names another base, transformers loads the weights from there:
+what lies here then is not the model, and gets no digest.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -130,6 +135,7 @@ def digest_model(
     root = Path(directory)
     configs, weights = _names(root)
     _require_shards(root, weights)
+    _require_own_base(root, configs)
     path = Path(cache) if cache is not None else default_cache()
     kept = {} if paranoid or path is None else _kept(path)
     found: dict[str, tuple[Stamp, str]] = {}
@@ -204,6 +210,23 @@ def _require_shards(root: Path, weights: Iterable[str]) -> None:
             raise TPCheckError(f"{path}: names {file!r}, which is not in the directory")
 
 
+def _require_own_base(root: Path, configs: Iterable[str]) -> None:
+    """Refuse what [Adapters] says."""
+    if "adapter_config.json" not in configs:
+        return
+    path = root / "adapter_config.json"
+    if _stamp(path)[1] > _MAX_INDEX_BYTES:
+        raise TPCheckError(f"{path}: is larger than {_MAX_INDEX_BYTES} bytes: it is no config")
+    value = read_json(path)
+    base = value.get("base_model_name_or_path") if isinstance(value, dict) else None
+    if base is None or (isinstance(base, str) and os.path.realpath(base) == os.path.realpath(root)):
+        return
+    raise TPCheckError(
+        f"{path}: base_model_name_or_path={base!r:.80}, so the weights that are loaded are not"
+        " those of this directory; merge the adapter into its base, and name the merged model"
+    )
+
+
 def _stamp(path: Path) -> Stamp:
     try:
         found = os.stat(path)
@@ -237,6 +260,8 @@ def _read(path: Path) -> tuple[Stamp, str]:
         # a pipe of that name must not hang us; it is refused by its stamp
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb", buffering=0) as file:
+            with contextlib.suppress(OSError):  # [Settled]; some file systems cannot
+                os.fsync(descriptor)
             before = _stamp_of(path, os.fstat(descriptor))
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             after = _stamp_of(path, os.fstat(descriptor))

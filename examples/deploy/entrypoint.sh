@@ -2,7 +2,10 @@
 # A container's ENTRYPOINT: the command given to the container runs only on what was proven.
 #
 #   ENTRYPOINT ["/entrypoint.sh"]
-#   CMD ["vllm", "serve", "/models/llama", "--tensor-parallel-size", "8"]
+#   CMD ["sh", "-c", "exec vllm serve \"$MODEL_DIR\" --tensor-parallel-size \"$TP_SIZE\""]
+#
+# The command takes the directory and the degree from the variables that are checked here: written
+# out a second time, they may say something else.
 set -eu
 
 : "${MODEL_DIR:?is not set, but should be the directory of the weights}"

@@ -92,6 +92,7 @@ def test_two_captures_that_agree(diff: Diff) -> None:
         layout    Partial("sum") chosen by values (in 1)
         layout    Shard(dim=1) chosen by sizes (in 2)
         ran on    (versions)
+        note      layers.2.down_proj: passed as terms of a sum, because their values add up; where each rank should hold the sum, an all-reduce is missing: say replicated in a shard map
         """)  # noqa: E501
 
 

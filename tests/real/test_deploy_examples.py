@@ -122,6 +122,10 @@ def test_the_hook_says_how_it_is_called(proven: Path) -> None:
     done = run(sys.executable, DEPLOY / "serve.py", "receipt.json", cwd=proven)
     assert done.returncode == 1
     assert done.stderr.startswith("usage: serve.py RECEIPT PUBLIC_KEY MODEL_DIR TP_SIZE -- COMMAND")
+    given = ("receipt.json", "release.key.pub", "model", "two", "--", "echo", "serving")
+    done = run(sys.executable, DEPLOY / "serve.py", *given, cwd=proven)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "not started: TP_SIZE='two', but should be a whole number\n"
 
 
 def in_pod(proven: Path, command: list[str]) -> list[str]:

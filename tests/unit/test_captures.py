@@ -391,6 +391,31 @@ def test_scalars_and_tensors_without_elements() -> None:
     assert check({}, {}).outcome == "INCONCLUSIVE"
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_where_nothing_is_finite_nothing_was_compared(value: float) -> None:
+    empty = {"x": torch.full((4,), value)}
+    report = check(empty, [empty, empty], atol=1.0)
+    assert report.outcome == "INCONCLUSIVE"
+    assert report.notes == ("x: no element is finite, on either side",)
+    mask = check({**empty, "n": torch.tensor([1])}, {**empty, "n": torch.tensor([1])})
+    assert (mask.outcome, mask.notes) == ("PASS", ("x: no element is finite, on either side",))
+
+
+def test_a_sum_that_nobody_declared_passes_with_a_word_on_the_missing_all_reduce() -> None:
+    terms = [{"o": values((4, 4), "float32", seed)} for seed in range(2)]
+    whole = {"o": terms[0]["o"] + terms[1]["o"]}
+    report = check(whole, terms)
+    assert report.outcome == "PASS"
+    assert report.notes == (
+        "o: passed as terms of a sum, because their values add up; where each rank should hold the"
+        " sum, an all-reduce is missing: say replicated in a shard map",
+    )
+    said = {"shard": [{"match": "o", "layout": "partial-sum"}]}
+    assert check(whole, terms, shard_map=said).notes == ()
+    copies = {"shard": [{"match": "o", "layout": "replicated"}]}
+    assert check(whole, terms, shard_map=copies).outcome == "WRONG"
+
+
 def test_missing_and_extra_tensors_are_findings() -> None:
     one = torch.ones(2)
     report = check({"a": one, "b": one}, {"b": one, "c": one})

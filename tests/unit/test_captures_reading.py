@@ -182,6 +182,17 @@ def test_a_tensor_in_two_files_of_a_rank_is_a_finding(folder: Path) -> None:
     assert "which one counts is not known" in report.verdicts[1].reasons[0]
 
 
+def test_ranks_that_no_name_tells_ask_for_a_pattern(folder: Path) -> None:
+    for rank in (0, 1):
+        (folder / "actual" / f"rank{rank}.safetensors").rename(
+            folder / "actual" / f"tp{rank}.safetensors"
+        )
+    report = diff(folder)
+    assert report.outcome == "WRONG"
+    assert "if each is a rank's, say which with --rank-pattern" in report.verdicts[0].reasons[0]
+    assert diff(folder, rank_pattern=r"tp(\d+)").outcome == "PASS"
+
+
 def test_ranks_that_left_no_file_are_named(folder: Path) -> None:
     (folder / "actual" / "rank1.safetensors").rename(folder / "actual" / "rank3.safetensors")
     report = diff(folder)
@@ -201,6 +212,42 @@ def test_the_degree_in_the_metadata_or_asked_for_catches_a_lost_last_rank(folder
     assert diff(folder, tp_size=2).outcome == "WRONG"
     save_file(same, folder / "actual" / "rank0.safetensors", metadata={"tp_size": "2"})
     assert "rank 1: no file of rank 1" in diff(folder).verdicts[0].reasons[0]
+
+
+def test_files_of_an_older_run_at_another_degree_are_a_finding(folder: Path) -> None:
+    same, actual = {"s": torch.ones(2)}, folder / "actual"
+    save_file(same, folder / "expected.safetensors")
+    for rank in range(4):  # a copy that is right says nothing of the run that left it there
+        metadata = {"tp_size": "2"} if rank < 2 else None
+        save_file(same, actual / f"rank{rank}.safetensors", metadata=metadata)
+    assert diff(folder).verdicts[0].reasons == (
+        "capture: recorded at tp_size=2 by their own words, by ranks up to 3: files of different"
+        " runs",
+    )
+    for rank in range(4):
+        metadata = {"tp_size": "2" if rank < 2 else "4"}
+        save_file(same, actual / f"rank{rank}.safetensors", metadata=metadata)
+    assert "recorded at tp_size=2 and 4 by" in diff(folder).verdicts[0].reasons[0]
+    for rank in range(4):
+        save_file(same, actual / f"rank{rank}.safetensors", metadata={"tp_size": "4"})
+    assert diff(folder).outcome == "PASS"
+
+
+def test_a_file_that_would_be_passed_over_is_an_error(folder: Path) -> None:
+    deep = folder / "actual" / "rank0" / "layers"
+    deep.mkdir(parents=True)
+    save_file({"extra": torch.ones(2)}, deep / "more.safetensors")
+    with pytest.raises(TPCheckError, match=r"rank0/layers/more.safetensors lies deeper than one"):
+        diff(folder)
+
+
+def test_a_capture_held_against_itself_says_so(folder: Path) -> None:
+    path = folder / "expected.safetensors"
+    (folder / "link.safetensors").symlink_to(path)
+    report = tpcheck.diff(path, folder / "link.safetensors")
+    assert report.outcome == "PASS"
+    assert report.notes == (f"{path} is on both sides: it was compared with itself",)
+    assert diff(folder).notes == ()
 
 
 def test_more_ranks_than_asked_for_is_a_finding(folder: Path) -> None:
@@ -246,7 +293,7 @@ def test_elements_narrower_than_a_byte_are_compared_as_bytes(tmp_path: Path) -> 
 
 
 def test_a_shape_that_no_memory_holds_is_compared_where_it_has_no_elements(tmp_path: Path) -> None:
-    header = {"w": {"dtype": "F32", "shape": [10**30, 0], "data_offsets": [0, 0]}}
+    header = {"w": {"dtype": "F32", "shape": [2**62, 0], "data_offsets": [0, 0]}}
     text = json.dumps(header).encode()
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     path = tmp_path / "a.safetensors"

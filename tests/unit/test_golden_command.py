@@ -13,11 +13,13 @@ import torch
 
 import tpcheck
 from tests.golden_records import forged, put
+from tests.models import make_model
 from tpcheck.errors import SubjectError, TPCheckError
 from tpcheck.golden.listing import listing
 from tpcheck.golden.store import scan
 from tpcheck.golden_command import golden_record, golden_verify
 from tpcheck.records import Report
+from tpcheck.render.text import render_text
 from tpcheck.report import from_json, to_json
 
 SIM: dict[str, Any] = {"backend": "sim"}
@@ -146,6 +148,7 @@ def test_other_weights_are_no_record_and_the_weight_is_named(tmp_path: Path) -> 
 def test_a_missing_record_is_never_a_pass(tmp_path: Path) -> None:
     empty = verify(tmp_path / "nowhere")
     assert (empty.outcome, failed(empty)) == ("INCONCLUSIVE", {"record"})
+    assert "next:  put back what was recorded; or, if the change" in render_text(empty)
     record(tmp_path, cases=2)
     gone = next(path for path in tmp_path.glob("*.s1-*.json"))
     whole = gone.read_bytes()
@@ -158,6 +161,19 @@ def test_a_missing_record_is_never_a_pass(tmp_path: Path) -> None:
     assert verify(tmp_path, cases=3).outcome == "INCONCLUSIVE"
     assert verify(tmp_path, dtypes=("float16",)).outcome == "INCONCLUSIVE"
     assert verify(tmp_path, seq_len=4).outcome == "INCONCLUSIVE"
+
+
+def test_a_directory_spelled_otherwise_misses_the_same_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(tmp_path / "model", "llama")
+    monkeypatch.chdir(tmp_path)
+    golden_record("ref:model", "golden", cases=2, **SIM)
+    report = golden_verify(f"ref:{tmp_path}/model", "golden", **SIM)
+    assert [one.outcome for one in report.verdicts] == ["PASS", "PASS"]
+    assert any(note.startswith("no record is called ref:/") for note in report.notes)
+    next(Path("golden").glob("*.s1-*.json")).unlink()
+    assert golden_verify(f"ref:{tmp_path}/model", "golden", **SIM).outcome == "INCONCLUSIVE"
 
 
 def test_a_broken_record_is_never_a_pass_and_is_named(tmp_path: Path) -> None:

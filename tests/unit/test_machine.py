@@ -3,12 +3,16 @@
 Evidence: /proc as drivers write it, on GPUs that are alike, of two kinds, hidden and broken.
 """
 
+import os
+import pwd
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tpcheck import machine
 
@@ -24,6 +28,7 @@ def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
     monkeypatch.setattr(machine, "DEVICES", tmp_path / "dev")
     monkeypatch.setattr(machine, "ETC", tmp_path / "nccl.conf")
+    monkeypatch.setattr(machine, "user_home", lambda: None)
     monkeypatch.setitem(sys.modules, "pynvml", None)
     return tmp_path / "proc"
 
@@ -178,23 +183,87 @@ def test_a_library_put_in_its_place_counts_instead(
     assert machine.nccl_version({"VLLM_NCCL_SO_PATH": str(tmp_path / "mine.so")}) is None
 
 
-def test_settings_come_from_both_files_and_the_environment(proc: Path, tmp_path: Path) -> None:
+def test_settings_come_from_both_files_and_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "user_home", lambda: tmp_path)
     machine.ETC.write_text("# NCCL_NO=1\nNCCL_ALGO=Tree\nNCCL_PROTO=LL\nNCCL_A=etc\nOTHER=1\n")
     (tmp_path / ".nccl.conf").write_text("NCCL_PROTO=Simple\nNCCL_A=home\n")
-    environ = {"HOME": str(tmp_path), "NCCL_A": "variable", "PATH": "x"}
+    environ = {"HOME": "/elsewhere", "NCCL_A": "variable", "PATH": "x"}
     expected = {"NCCL_A": "variable", "NCCL_ALGO": "Tree", "NCCL_PROTO": "Simple"}
     assert machine.nccl_settings(environ) == expected
     (tmp_path / "mine.conf").write_text("NCCL_PROTO=LL128\n")
     environ["NCCL_CONF_FILE"] = str(tmp_path / "mine.conf")
     assert machine.nccl_settings(environ)["NCCL_PROTO"] == "LL128"
+    monkeypatch.setattr(machine, "user_home", lambda: None)
     etc = {"NCCL_A": "etc", "NCCL_ALGO": "Tree", "NCCL_PROTO": "LL"}
     assert machine.nccl_settings({}) == etc
+
+
+def test_home_is_that_of_the_password_database(monkeypatch: pytest.MonkeyPatch) -> None:
+    # getpwuid is what NCCL asks; a HOME that points elsewhere would hide a file from us alone
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", "/elsewhere")
+    assert machine.user_home() == Path(pwd.getpwuid(os.getuid()).pw_dir)
+
+
+@pytest.mark.parametrize(
+    ("data", "found"),
+    [
+        (b"NCCL_ALGO=Ring\nNCCL_ALGO=Tree\n", {"NCCL_ALGO": "Ring"}),  # setenv(..., 0)
+        (b"# \rNCCL_ALGO=Ring\n", {}),
+        (b"#\x0bNCCL_ALGO=Ring\n#\xe2\x80\xa8NCCL_PROTO=LL\n", {}),
+        (b"NCCL_ALGO=Ring\r\n", {"NCCL_ALGO": "Ring"}),
+        (b"NCCL_A=\xff\nNCCL_B=\xfe\n", {"NCCL_A": r"\xff", "NCCL_B": r"\xfe"}),
+    ],
+)
+def test_a_file_of_settings_is_read_as_nccl_reads_it(
+    data: bytes, found: dict[str, str], proc: Path
+) -> None:
+    machine.ETC.write_bytes(data)
+    assert machine.nccl_settings({}) == found
+
+
+def test_a_file_named_from_here_on_is_read(
+    proc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.conf").write_text("NCCL_ALGO=Tree\n")
+    environ = {"NCCL_CONF_FILE": "mine.conf"}
+    assert machine.nccl_settings(environ) == {**environ, "NCCL_ALGO": "Tree"}
 
 
 def test_no_secret_is_shown() -> None:
     environ = {"NCCL_API_TOKEN": "s3cret", "NCCL_IB_PKEY": "1"}
     found = {"NCCL_API_TOKEN": "(hidden)", "NCCL_IB_PKEY": "1"}
     assert machine.nccl_settings(environ) == found
+
+
+def test_the_version_of_torch_is_what_torch_says_and_not_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import sys; from tpcheck import machine; print(machine.version_here('torch'));"
+    code += "assert 'torch' not in sys.modules"
+    held = tmp_path / "site" / "torch"
+    for file, text in {
+        "torch/__init__.py": "raise SystemExit('imported')",
+        "torch/version.py": "debug = False\n__version__ = '2.9.1+cu128'\n",
+        "torch-2.9.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: torch\nVersion: 2.9.1\n",
+    }.items():
+        (held.parent / file).parent.mkdir(parents=True, exist_ok=True)
+        (held.parent / file).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(held.parent))
+
+    def said() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert said() == "2.9.1+cu128"
+    (held / "version.py").write_text("cuda = '12.8'\n")
+    assert said() == "None"
+    assert machine.version_here("torch") == torch.__version__
+    assert machine.version_here("pytest") == machine.package_version("pytest") == pytest.__version__
 
 
 def test_a_package_is_known_by_its_metadata() -> None:

@@ -5,11 +5,13 @@ Evidence: one change per kind of file and of damage, a cache that lies, files th
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,7 @@ def test_what_changes_the_function_changes_its_digest_and_no_other(
 ) -> None:
     before = digest_directory(model)
     path = model / name
-    path.write_bytes((path.read_bytes() if path.exists() else b"") + b" ")
+    path.write_bytes((path.read_bytes() if path.exists() else b"{}") + b" ")
     after = digest_directory(model)
     assert (before.config_sha256 != after.config_sha256) == (part == "config")
     assert (before.weights_sha256 != after.weights_sha256) == (part == "weights")
@@ -134,6 +136,49 @@ def test_a_byte_flipped_behind_size_and_mtime_shows_in_the_ctime(model: Path) ->
     before = digest_directory(model)
     flip(model / "model-1.safetensors")
     assert digest_directory(model).weights_sha256 != before.weights_sha256
+
+
+def test_a_byte_flipped_through_a_mapping_shows_in_the_ctime(model: Path) -> None:
+    path = model / "model-1.safetensors"
+    if _file_system(path) == "tmpfs":
+        pytest.skip("nothing is ever written back there: SECURITY.md says to use paranoid")
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapped:
+        mapped[6] ^= 1  # its page is now the mapper's to write, and the times stay from here on
+        time.sleep(0.05)  # past the tick of a coarse clock
+        before = digest_directory(model)
+        mapped[7] ^= 1
+        assert digest_directory(model).weights_sha256 != before.weights_sha256
+
+
+def _file_system(path: Path) -> str:
+    device = path.stat().st_dev
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        if fields[2] == f"{os.major(device)}:{os.minor(device)}":
+            return fields[fields.index("-") + 1]
+    return "unknown"
+
+
+@pytest.mark.parametrize(
+    ("base", "own"), [("meta/llama", False), ("{elsewhere}", False), ("{here}", True), (None, True)]
+)
+def test_an_adapter_whose_weights_lie_elsewhere_has_no_digest(
+    base: str | None, own: bool, model: Path, tmp_path: Path
+) -> None:
+    base = base and base.format(elsewhere=tmp_path, here=model)
+    (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    if own:
+        assert "adapter_config.json" in {file.name for file in digest_directory(model).files}
+        return
+    with pytest.raises(TPCheckError, match="not those of this directory; merge the adapter"):
+        digest_directory(model)
+
+
+def test_an_adapter_that_names_two_bases_has_no_digest(model: Path) -> None:
+    twice = f'{{"base_model_name_or_path": "{model}", "base_model_name_or_path": "elsewhere"}}'
+    (model / "adapter_config.json").write_text(twice)
+    with pytest.raises(TPCheckError, match="stands twice"):
+        digest_directory(model)
 
 
 def test_a_cache_that_lies_is_believed_unless_paranoid(model: Path, tmp_path: Path) -> None:

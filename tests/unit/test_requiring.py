@@ -402,6 +402,7 @@ def test_another_machine(here: dict[str, Any], reason: str, start: Deployment) -
 
 def test_what_is_logged_and_how_many_gpus_are_idle_does_not_matter(start: Deployment) -> None:
     debug = {"NCCL_ALGO": "Ring", "NCCL_DEBUG": "INFO", "NCCL_DEBUG_FILE": "/tmp/x"}
+    debug |= {"NCCL_DEBUG_TIMESTAMP_FORMAT": "%F", "NCCL_DEBUG_TIMESTAMP_LEVELS": "ALL"}
     assert allowed(start, here=make_here(settings=debug, gpus=(GPU,) * 16))
 
 

@@ -7,6 +7,7 @@ first divergence: what follows it may follow from it.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +31,7 @@ from tpcheck.captures.verdicts import NOTHING, problem_verdict
 from tpcheck.environment import collect, tpcheck_version, utc_now
 from tpcheck.errors import TPCheckError
 from tpcheck.progress import Progress
-from tpcheck.records import PASS, Report, Verdict
+from tpcheck.records import PASS, Check, Report, Verdict
 from tpcheck.records import Path as Carrier
 
 Rules = str | Path | Mapping[str, Any]
@@ -148,7 +149,7 @@ def diff(
         if progress is not None:
             progress(number, max(len(names), number), one.case_id)
     found_none = all(one.outcome == PASS for one in verdicts)
-    if found_none and not any(one.checks["allclose"].facts.get("count") for one in verdicts):
+    if found_none and not any(one.checks["allclose"].facts.get("finite") for one in verdicts):
         verdicts.append(
             problem_verdict(
                 "(everything)", settings.tp_size, NOTHING, repro="", outcome="INCONCLUSIVE"
@@ -160,7 +161,7 @@ def diff(
         environment=collect(backend="capture"),
         path=Carrier("capture", {}, False, ("recorded files: nothing was run",)),
         tpcheck=tpcheck_version(),
-        notes=(*notes, *_rule_notes(settings, names)),
+        notes=(*notes, *_rule_notes(settings, names), *_passed_notes(settings, verdicts)),
         created=utc_now(),
     )
 
@@ -294,6 +295,40 @@ def _rule_notes(settings: Settings, names: Sequence[str]) -> list[str]:
         known = {text.partition(" (")[0] for text in late}
         notes += [*late, *(text for text in idle if text.partition(" (")[0] not in known)]
     return notes
+
+
+def _passed_notes(settings: Settings, verdicts: Sequence[Verdict]) -> list[str]:
+    """Say what passed and may still not be what its recorder meant."""
+    same = sorted(_files(settings.expected) & _files(settings.actual))
+    passed = [one for one in verdicts if one.outcome == PASS]
+    sums = [
+        one.case_id
+        for one in passed
+        if one.checks.get("tiling", _NO_CHECK).facts.get("layout_source") == "chosen by values"
+    ]
+    facts = {one.case_id: one.checks["allclose"].facts for one in passed}
+    empty = [name for name, one in facts.items() if one.get("count") and not one.get("finite")]
+    notes = [f"{same[0]} is on both sides: it was compared with itself"] if same else []
+    if sums:
+        notes.append(
+            f"{_listed(sums)}: passed as terms of a sum, because their values add up; where each"
+            " rank should hold the sum, an all-reduce is missing: say replicated in a shard map"
+        )
+    if empty:
+        notes.append(f"{_listed(empty)}: no element is finite, on either side")
+    return notes
+
+
+_NO_CHECK = Check(PASS)
+
+
+def _files(capture: Capture) -> set[str]:
+    held = {one.where for rank in capture.ranks for one in rank.values()}
+    return {os.path.realpath(one) for one in held if os.path.isfile(one)}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _repro(

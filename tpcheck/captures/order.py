@@ -11,6 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tpcheck.errors import TPCheckError
+from tpcheck.files import read_bounded
+from tpcheck.json_reader import brief
+
+MAX_BYTES = 1 << 24
+"""Of an order file: a name each of some 100,000 tensors."""
 
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
@@ -35,9 +40,7 @@ def read_order(path: str | Path) -> tuple[str, ...]:
         TPCheckError: the file cannot be read, is empty, or a line is no pattern.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
+        text = read_bounded(path, MAX_BYTES).decode("utf-8")
     except ValueError as error:
         raise TPCheckError(f"{path}: is not UTF-8 text: {error}") from error
     stripped = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1)]
@@ -56,12 +59,12 @@ def compile_pattern(text: object, where: str) -> re.Pattern[str]:
         TPCheckError: it is none; names the place.
     """
     if not isinstance(text, str):
-        raise TPCheckError(f"{where}={text!r}, but should be a regular expression")
+        raise TPCheckError(f"{where}={brief(text)}, but should be a regular expression")
     try:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise TPCheckError(
-            f"{where}={text!r}, but should be a regular expression: {error}"
+            f"{where}={brief(text)}, but should be a regular expression: {error}"
         ) from error
 
 

@@ -115,7 +115,14 @@ def _read(
         held.append(tensors)
         metadata += facts
     sizes = [one.get("tp_size", "") for one in metadata]
-    declared = max((int(s) for s in sizes if re.fullmatch("[0-9]{1,6}", s)), default=0)
+    said = sorted({int(size) for size in sizes if re.fullmatch("[0-9]{1,6}", size)})
+    declared = max(said, default=0)
+    if len(said) > 1 or (per_rank and 0 < declared < len(held)):
+        text = (
+            f"recorded at tp_size={' and '.join(map(str, said))} by their own words, by ranks up to"
+            f" {len(held) - 1}: files of different runs"
+        )
+        problems.append(Problem(str(path), None, text))
     if declared > 1 and not per_rank and not forced:
         text = f"recorded at tp_size={declared} by its own words, but no rank is in its name"
         problems.append(Problem(str(path), None, text))
@@ -147,11 +154,18 @@ def _safetensors_files(path: Path) -> tuple[list[Path], list[str]]:
         try:
             entries = sorted(path.iterdir())
             inner = [one for folder in entries if folder.is_dir() for one in _entries(folder)]
+            deeper = [next(one.rglob("*.safetensors"), None) for one in inner if one.is_dir()]
         except OSError as error:
             raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
         both = [*entries, *sorted(inner)]
         found = [one for one in both if one.suffix == ".safetensors"]
         pickles = [one.name for one in both if one.suffix in _PICKLES]
+        if any(deeper):
+            deep = next(filter(None, deeper))
+            raise TPCheckError(
+                f"{path}: {deep.relative_to(path)} lies deeper than one folder and would not be"
+                " read; name a folder nearer to it, or move it up"
+            )
         if not found:
             raise TPCheckError(f"{path}: no *.safetensors file is there{_way_out(pickles)}")
         unread = [f"{path}: {name} is not read: a pickle can run code" for name in pickles]
@@ -242,6 +256,11 @@ def _tensors(
         for name, header in headers.items():
             if name in found:
                 text = f"is in {found[name].where} and in {path}: which one counts is not known"
+                if rank is None:
+                    text += (
+                        "; if each is a rank's, say which with --rank-pattern, a regular expression"
+                        " whose one group is the rank"
+                    )
                 problems.append(Problem(str(path), rank, text, name))
                 continue
             found[name] = stored(path, header)
@@ -254,6 +273,9 @@ def _index_problems(folder: Path, rank: int | None, found: Mapping[str, Tensor])
     """Hold an index beside the files against what they hold."""
     problems = []
     for path in sorted(folder.glob("*.safetensors.index.json")):
+        if not path.is_file():  # a pipe of that name must not hang us
+            problems.append(Problem(str(path), rank, "is no regular file"))
+            continue
         try:
             index: Any = read_json(path)
         except TPCheckError as error:

@@ -7,13 +7,14 @@ another kind are errors that name file and entry; a rule that no tensor uses is 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from tpcheck.captures.order import compile_pattern
 from tpcheck.errors import TPCheckError
+from tpcheck.files import read_toml
+from tpcheck.json_reader import brief
 
 
 class Rule(Protocol):
@@ -40,10 +41,10 @@ def read_entries(
     """
     name = "tolerances" if table == "tolerance" else "shard map"
     where = name if isinstance(source, Mapping) else str(source)
-    value = source if isinstance(source, Mapping) else _toml(Path(source))
+    value = source if isinstance(source, Mapping) else read_toml(source)
     odd = [key for key in value if key != table]
     if odd:
-        raise TPCheckError(f"{where}: {odd[0]!r} is unknown; it holds [[{table}]] tables only")
+        raise TPCheckError(f"{where}: {brief(odd[0])} is unknown; it holds [[{table}]] tables only")
     entries = value.get(table)
     if not isinstance(entries, list) or not entries:
         raise TPCheckError(f"{where}: holds no [[{table}]], but should hold at least one")
@@ -51,11 +52,11 @@ def read_entries(
     for i, entry in enumerate(entries):
         place = f"{where}: {table}[{i}]"
         if not isinstance(entry, Mapping):
-            raise TPCheckError(f"{place}={entry!r}, but should be a table")
+            raise TPCheckError(f"{place}={brief(entry)}, but should be a table")
         for key in entry:
             if key != "match" and key not in keys:
                 raise TPCheckError(
-                    f"{place}.{key} is unknown, but should be one of match, {', '.join(keys)}"
+                    f"{place}.{key:.60} is unknown, but should be one of match, {', '.join(keys)}"
                 )
         if "match" not in entry:
             raise TPCheckError(f"{place}.match is missing, but should be a regular expression")
@@ -72,16 +73,7 @@ def unused(rules: Sequence[Rule], used: Sequence[Rule | None]) -> list[str]:
     """Say which rules no tensor uses: one sentence each."""
     taken = {id(rule) for rule in used}
     return [
-        f"{rule.where} ({rule.pattern.pattern!r}) is used by no tensor"
+        f"{rule.where} ({brief(rule.pattern.pattern)}) is used by no tensor"
         for rule in rules
         if id(rule) not in taken
     ]
-
-
-def _toml(path: Path) -> Mapping[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise TPCheckError(f"{path}: is not TOML: {error}") from error

@@ -26,6 +26,7 @@ from typing import Any
 from tpcheck.captures.reading import MAX_RANKS
 from tpcheck.captures.rules import Entry, read_entries
 from tpcheck.errors import TPCheckError
+from tpcheck.json_reader import brief
 
 LAYOUTS = ("replicated", "concat", "stack", "partial-sum")
 KEYS = ("layout", "dim", "dims", "ranks", "sizes", "segments", "copies", "padding")
@@ -60,7 +61,9 @@ def read_shard_map(source: str | Path | Mapping[str, Any]) -> tuple[ShardRule, .
 def _rule(where: str, pattern: re.Pattern[str], entry: Entry) -> ShardRule:
     layout = entry.get("layout")
     if layout not in LAYOUTS:
-        raise TPCheckError(f"{where}.layout={layout!r}, but should be one of {', '.join(LAYOUTS)}")
+        raise TPCheckError(
+            f"{where}.layout={brief(layout)}, but should be one of {', '.join(LAYOUTS)}"
+        )
     meaningless: tuple[str, ...] = {"replicated": _ALONG_A_DIM, "partial-sum": _ALONG_A_DIM}.get(
         layout, ()
     )
@@ -68,17 +71,17 @@ def _rule(where: str, pattern: re.Pattern[str], entry: Entry) -> ShardRule:
         meaningless = ("sizes", "segments", "copies", "padding")
     for key in meaningless:
         if key in entry:
-            raise TPCheckError(f"{where}.{key} means nothing where layout={layout!r}")
+            raise TPCheckError(f"{where}.{key} means nothing where layout={brief(layout)}")
     if layout == "concat" and "dim" not in entry:
         raise TPCheckError(f"{where}.dim is missing, but should be where the pieces are joined")
     dims = tuple(_list(where, entry, "dims", str))
     segments = tuple(_list(where, entry, "segments", int, least=1))
     ranks = tuple(_list(where, entry, "ranks", int))
     if len(set(ranks)) != len(ranks) or any(rank >= MAX_RANKS for rank in ranks):
-        raise TPCheckError(f"{where}.ranks={list(ranks)}, but should name each rank once")
+        raise TPCheckError(f"{where}.ranks={brief(list(ranks))}, but should name each rank once")
     padding = entry.get("padding", False)
     if not isinstance(padding, bool):
-        raise TPCheckError(f"{where}.padding={padding!r}, but should be true or false")
+        raise TPCheckError(f"{where}.padding={brief(padding)}, but should be true or false")
     return ShardRule(
         where=where,
         pattern=pattern,
@@ -96,10 +99,12 @@ def _rule(where: str, pattern: re.Pattern[str], entry: Entry) -> ShardRule:
 def _dim(where: str, value: object, dims: tuple[str, ...]) -> int:
     if isinstance(value, str):
         if dims.count(value) != 1:
-            raise TPCheckError(f"{where}.dim={value!r}, but should stand once in dims={list(dims)}")
+            raise TPCheckError(
+                f"{where}.dim={brief(value)}, but should stand once in dims={brief(list(dims))}"
+            )
         return dims.index(value)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise TPCheckError(f"{where}.dim={value!r}, but should be a dim's number or name")
+        raise TPCheckError(f"{where}.dim={brief(value)}, but should be a dim's number or name")
     return value
 
 
@@ -109,7 +114,9 @@ def _sizes(where: str, entry: Entry, segments: int) -> tuple[tuple[int, ...], ..
     if not nested:
         flat = tuple(_list(where, entry, "sizes", int))
         if flat and segments > 1:
-            raise TPCheckError(f"{where}.sizes={list(flat)}, but should be a list per segment")
+            raise TPCheckError(
+                f"{where}.sizes={brief(list(flat))}, but should be a list per segment"
+            )
         return (flat,) if flat else ()
     if len(value) != max(segments, 1):
         raise TPCheckError(
@@ -126,7 +133,7 @@ def _copies(where: str, entry: Entry, segments: int) -> tuple[int, ...]:
     copies = tuple(_list(where, listed, "copies", int, least=1))
     if len(copies) != max(segments, 1):
         raise TPCheckError(
-            f"{where}.copies={value!r}, but should be a number, or a list of one per segment"
+            f"{where}.copies={brief(value)}, but should be a number, or a list of one per segment"
         )
     return copies
 
@@ -141,5 +148,5 @@ def _list(where: str, entry: Entry, key: str, kind: type, least: int = 0) -> lis
         for one in value
     )
     if not good or (key in entry and not value):
-        raise TPCheckError(f"{where}.{key}={value!r}, but should be a list of {kinds}")
+        raise TPCheckError(f"{where}.{key}={brief(value)}, but should be a list of {kinds}")
     return list(value)

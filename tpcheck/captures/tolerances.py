@@ -12,8 +12,8 @@ given counts 0. `relative_rms` limits the whole tensor besides, or alone.
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 
 from tpcheck.captures.rules import read_entries
 from tpcheck.errors import TPCheckError
+from tpcheck.json_reader import brief
 from tpcheck.numerics.tolerance import Tolerance, users_tolerance
 
 NUMBERS = ("atol", "rtol", "max_ulp", "relative_rms")
@@ -96,7 +97,8 @@ def unreachable(rules: tuple[ToleranceRule, ...]) -> list[str]:
     """Say which rules stand behind the catch-all: one sentence each."""
     last = next(i for i, rule in enumerate(rules) if rule.pattern.pattern == CATCH_ALL)
     return [
-        f"{rule.where} ({rule.pattern.pattern!r}) can never be used: it stands behind the catch-all"
+        f"{rule.where} ({brief(rule.pattern.pattern)}) can never be used: it stands behind the"
+        f" catch-all"
         for rule in rules[last + 1 :]
     ]
 
@@ -116,11 +118,11 @@ def _limit(place: str, entry: Mapping[str, Any]) -> Limit:
     for name in NUMBERS:
         value = entry.get(name, 0)
         plain = isinstance(value, int | float) and not isinstance(value, bool)
-        if not plain or not math.isfinite(value) or value < 0:
-            raise TPCheckError(f"{place}.{name}={value!r}, but should be a finite number >= 0")
+        if not plain or not 0 <= value <= sys.float_info.max:  # NaN is neither
+            raise TPCheckError(f"{place}.{name}={brief(value)}, but should be a finite number >= 0")
     for name in ("bits", "other_dtype"):
         if not isinstance(entry.get(name, False), bool):
-            raise TPCheckError(f"{place}.{name}={entry[name]!r}, but should be true or false")
+            raise TPCheckError(f"{place}.{name}={brief(entry[name])}, but should be true or false")
     given: dict[str, Any] = {name: float(entry[name]) for name in NUMBERS if name in entry}
     bits, other_dtype = entry.get("bits", False), entry.get("other_dtype", False)
     if bits and (given or other_dtype):

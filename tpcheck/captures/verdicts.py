@@ -79,6 +79,7 @@ def allclose_check(
         "source": limit.source,
         "decides": True,
         "count": measure.elements,
+        "finite": found.count,
         "mismatches": found.mismatches,
         "differing_bits": measure.differing,
         "mask_mismatches": found.mask_mismatches,

@@ -25,6 +25,7 @@ _HELD = {
 """Check -> (number, limit): where both stand in a check that is PASS, the first is not above."""
 
 _NEVER_DEPLOYED = ("sim", "nccl-loopback")
+_ON_GPUS = ("nccl", "nccl-loopback")
 
 
 def contradictions(report: Report) -> list[str]:
@@ -45,6 +46,9 @@ def _of_path(report: Report) -> Iterator[str]:
     backend = report.environment.get("backend", path.backend)
     if backend != path.backend:
         yield f"path.backend={path.backend!r}, but environment.backend={shown(backend)}"
+    device = report.environment.get("device", "cuda")
+    if path.backend in _ON_GPUS and not (isinstance(device, str) and device.startswith("cuda")):
+        yield f"path.backend={path.backend!r}, but environment.device={shown(device)}"
     version = report.environment.get("tpcheck", report.tpcheck)
     if version != report.tpcheck:
         yield f"tpcheck={report.tpcheck!r}, but environment.tpcheck={shown(version)}"

@@ -18,12 +18,13 @@ import hashlib
 import json
 import math
 import os
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NoReturn
 
 from tpcheck.errors import TPCheckError
+from tpcheck.files import read_toml
+from tpcheck.json_reader import brief
 from tpcheck.records import CHECK_NAMES, OUTCOMES
 
 BACKENDS = ("nccl", "nccl-loopback", "gloo", "sim", "endpoint")
@@ -31,8 +32,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 DEFAULT_REQUIRE = ("structural", "drift", "rank_agreement", "repeatability")
 NEVER_ALLOWED = ("WRONG", "ERROR", "INCONCLUSIVE")
 
-MAX_BYTES = 1 << 20
-"""A policy is a page of text; more is another file, or a device that never ends."""
+_MOST = 1_000
+"""Entries of a list: nobody proves more degrees, and each is looked up in all others."""
 
 _CAN_BE_ALLOWED = tuple(name for name in OUTCOMES if name not in (*NEVER_ALLOWED, "PASS"))
 _SCHEMA = "tpcheck.policy/1"
@@ -112,19 +113,7 @@ def read_policy(path: str | os.PathLike[str]) -> Policy:
         TPCheckError: the file cannot be read, is not TOML, or asks for something that means
             nothing; names the file and the key.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise TPCheckError(f"{os.fspath(path)!r}: cannot be read: {error}") from error
-    if len(data) > MAX_BYTES:
-        raise TPCheckError(f"{path}: is more than {MAX_BYTES} bytes, but should be a policy")
-    try:
-        value = tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TPCheckError(f"{path}: is not TOML: {error}") from error
+    value = read_toml(path)
     if "policy" not in value:
         near = _near("policy", value)
         raise TPCheckError(f"{path}: [policy] is missing{f'; it has [{near}]' if near else ''}")
@@ -148,7 +137,9 @@ def parse_policy(value: Mapping[str, Any]) -> Policy:
     if "policy" in value:
         for name in value:
             if name != "policy":
-                raise TPCheckError(f"{name}: is no table of a policy; its keys stand in [policy]")
+                raise TPCheckError(
+                    f"{name!s:.60}: is no table of a policy; its keys stand in [policy]"
+                )
         inner = value["policy"]
     if not isinstance(inner, Mapping):
         _refuse("policy", inner, "a table", prefix="")
@@ -157,7 +148,7 @@ def parse_policy(value: Mapping[str, Any]) -> Policy:
         if name not in known:
             near = _near(str(name), known)
             meant = f"; did you mean {near}?" if near else f"; keys are {', '.join(known)}"
-            raise TPCheckError(f"policy.{name}: is no key of a policy{meant}")
+            raise TPCheckError(f"policy.{name!s:.60}: is no key of a policy{meant}")
         if inner[name] is None:
             _refuse(name, None, "a value, or left out")
     for name in ("tp", "dtypes", "backends"):
@@ -199,6 +190,8 @@ def _list(name: str, value: Any, what: str) -> Sequence[Any]:
         _refuse(name, value, f"a list of {what}")
     if not value:
         _refuse(name, list(value), f"a list of at least one of {what}")
+    if len(value) > _MOST:
+        _refuse(name, list(value[:9]), f"a list of at most {_MOST}, not {len(value)}, of {what}")
     for i, item in enumerate(value):
         if item in value[:i]:
             _refuse(name, list(value), f"a list that names {item!r} once")
@@ -296,12 +289,13 @@ def _require_matchable(path: str, value: Any) -> None:
 
 def _is_whole(value: Any) -> bool:
     # bool is an int to Python, but not to the author of a policy
-    return isinstance(value, int) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and bool(abs(value) <= 1 << 1000)  # beyond it no float can hold the number
 
 
 def _is_number(value: Any) -> bool:
     if _is_whole(value):
-        return bool(abs(value) <= 1 << 1000)  # beyond it no float can hold the number
+        return True
     return isinstance(value, float) and math.isfinite(value)
 
 
@@ -314,7 +308,6 @@ def _near(name: str, known: Iterable[str]) -> str:
 def _refuse(
     name: str, value: Any, expected: str, *, near: str = "", prefix: str = "policy."
 ) -> NoReturn:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    shown = brief(value, 60)
     meant = f"; did you mean {near!r}?" if near else ""
-    raise TPCheckError(f"{prefix}{name}={shown}, but should be {expected}{meant}")
+    raise TPCheckError(f"{prefix}{name:.80}={shown}, but should be {expected}{meant}")

@@ -32,7 +32,10 @@ _NEVER = ("WRONG", "ERROR", "INCONCLUSIVE")
 _PACKAGES = {"tpcheck reference": "tpcheck"}
 """Engine -> the package whose version is its own, where the names differ."""
 
-_HARMLESS = ("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "NCCL_DEBUG_FILE")
+_HARMLESS = (
+    *("NCCL_DEBUG", "NCCL_DEBUG_SUBSYS", "NCCL_DEBUG_FILE"),
+    *("NCCL_DEBUG_TIMESTAMP_FORMAT", "NCCL_DEBUG_TIMESTAMP_LEVELS"),
+)
 """These say what NCCL logs; every other setting may change what it computes, or over which path."""
 
 _NUMERIC = (
@@ -54,7 +57,7 @@ class Here:
     driver: str | None = None
     nccl: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
-    version: Callable[[str], str | None] = machine.package_version
+    version: Callable[[str], str | None] = machine.version_here
 
 
 @dataclass(frozen=True, slots=True)

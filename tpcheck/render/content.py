@@ -290,6 +290,8 @@ def _next(verdict: Verdict, failed: dict[str, Check]) -> str:
     if verdict.outcome in ("WRONG", "DRIFT") and first is not None:
         where = f" on rank {first.rank}" if first.rank is not None else ""
         return f"compare {first.fqn}{where} with what TP=1 does there"
+    if verdict.outcome == "INCONCLUSIVE" and "record" in failed:
+        return "put back what was recorded; or, if the change is meant, record it and review that"
     return {
         "WRONG": f"look at what the subject does differently at tp={verdict.tp_size}",
         "DRIFT": "look for a reduction or a cast in a narrower dtype than the deployed one",

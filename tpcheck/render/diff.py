@@ -83,7 +83,7 @@ def headline(report: Report) -> str:
     total = len(report.verdicts)
     off = sum(verdict.outcome != PASS for verdict in report.verdicts)
     if not off:
-        return f"PASS: {_tensors(total)} agree"
+        return f"PASS: {_tensors(total)} {'agrees' if total == 1 else 'agree'}"
     what = f"{off} of {_tensors(total)} {'does' if off == 1 else 'do'} not agree"
     first = next((v.first_divergence for v in report.verdicts if v.first_divergence), None)
     if first is None:
