@@ -55,7 +55,9 @@ def test_a_full_disk_is_one_error_and_no_half_file(tmp_path: Path) -> None:
 def test_a_read_only_folder_is_one_error_before_anything_runs(tmp_path: Path) -> None:
     folder = tmp_path / "golden"
     folder.mkdir()
-    for parent in (tmp_path, *tmp_path.parents[:2]):
+    for parent in (tmp_path, *tmp_path.parents):
+        if not parent.name.startswith(("test_", "popen-", "pytest-")):
+            break  # what is above is not pytest's
         parent.chmod(0o755)
     folder.chmod(0o555)
     code = (
