@@ -1,7 +1,8 @@
-"""Write files in one step, and read JSON that nobody vouches for. Torch-free.
+"""Write files in one step, and read JSON and TOML that nobody vouches for. Torch-free.
 
 Requirement: a reader never sees half a file, whatever kills the writer, and a JSON file means the
-same to every reader: no NaN or Infinity, no key that stands twice.
+same to every reader: no NaN or Infinity, no key that stands twice. What is read is bounded: a file
+never takes memory or time beyond what its size explains.
 """
 
 from __future__ import annotations
@@ -10,12 +11,20 @@ import errno
 import os
 import shlex
 import stat
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from uuid import uuid4
 
 from tpcheck.errors import TPCheckError
-from tpcheck.json_reader import parse_json
+from tpcheck.json_reader import parse_json, require_shallow
+
+MAX_JSON_BYTES = 1 << 30
+MAX_TOML_BYTES = 1 << 20
+"""Policies, tolerances and shard maps are pages of text; more is another file, or a device."""
+
+_MAX_DOTS = 100
+"""In one line of TOML: a key of many parts takes Python's reader time by the square of them."""
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
@@ -130,7 +139,7 @@ def read_bounded(path: str | os.PathLike[str], most_bytes: int, *, private: bool
                     f"{path}: has mode {stat.S_IMODE(mode):04o}, so that others can use it, but"
                     f" should have 0600: chmod 600 {shlex.quote(os.fspath(path))}"
                 )
-            data = file.read(most_bytes + 1)
+            data = _content(file, most_bytes)
     except OSError as error:
         raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:  # a zero byte in the path
@@ -161,18 +170,77 @@ def assert_writable(path: str | os.PathLike[str]) -> None:
         raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
 
 
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Say whether a regular file is there; a name that no file can have, too long, says no."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Return the JSON value in a file, as strict as the standard.
 
     Raises:
         TPCheckError: the file cannot be read or is not JSON; names the path.
     """
+    data = _read(path, MAX_JSON_BYTES)
     try:
-        return parse_json(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
+        return parse_json(data)
     except (ValueError, RecursionError) as error:
         raise TPCheckError(f"{path}: is not JSON: {error}") from error
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the tables of a TOML file, as strict as the standard.
+
+    Raises:
+        TPCheckError: the file cannot be read, is not TOML in UTF-8, is larger than MAX_TOML_BYTES,
+            or holds a whole number beyond 64 bits, which TOML leaves to each reader; names the
+            path.
+    """
+    data = _read(path, MAX_TOML_BYTES)
+    try:
+        for number, line in enumerate(data.split(b"\n"), 1):
+            if line.count(b".") > _MAX_DOTS:
+                raise ValueError(f"line {number} has more than {_MAX_DOTS} dots")
+        value = tomllib.loads(data.decode("utf-8"))
+        require_shallow(value)
+        _require_64_bits(value)
+    except (ValueError, RecursionError) as error:
+        raise TPCheckError(f"{path}: is not TOML: {error}") from error
+    return value
+
+
+def _require_64_bits(value: Any) -> None:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("a whole number is beyond 64 bits")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _require_64_bits(inner)
+
+
+def _read(path: str | os.PathLike[str], most_bytes: int) -> bytes:
+    """Return the content of a file, or of a pipe that the user named."""
+    try:
+        with open(path, "rb") as file:
+            data = _content(file, most_bytes)
+    except OSError as error:
+        raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a zero byte in the path
+        raise TPCheckError(f"{os.fspath(path)!r:.80}: cannot be read: {error}") from error
+    if len(data) > most_bytes:
+        raise TPCheckError(f"{path}: is larger than {most_bytes} bytes")
+    return data
+
+
+def _content(file: BinaryIO, most_bytes: int) -> bytes:
+    """Read so many bytes and one, in pieces: Python takes the memory of what it is asked for."""
+    pieces, left = [], most_bytes + 1
+    while left and (piece := file.read(min(left, 1 << 20))):
+        pieces.append(piece)
+        left -= len(piece)
+    return b"".join(pieces)
 
 
 def _create(data: bytes, path: Path, mode: int) -> None:

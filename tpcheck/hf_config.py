@@ -20,6 +20,7 @@ from tpcheck.hf_fields import refuse_unless as _refuse_unless
 from tpcheck.hf_fields import required as _required
 from tpcheck.hf_quantization import read_quantization
 from tpcheck.hf_rope import rope_fields
+from tpcheck.json_reader import brief
 from tpcheck.spec import ModelSpec
 
 
@@ -67,7 +68,7 @@ def spec_from_config(config: Config) -> ModelSpec:
     reader = _READERS.get(model_type) if isinstance(model_type, str) else None
     if reader is None:
         raise PlanError(
-            f"config: model_type={model_type!r}, but should be one of {', '.join(_READERS)}"
+            f"config: model_type={brief(model_type)}, but should be one of {', '.join(_READERS)}"
         )
     fields = {"model_type": model_type, "vocab_size": _required(config, "vocab_size")}
     fields |= reader(config) | {"quantization": read_quantization(config)}
@@ -186,10 +187,11 @@ def _experts(config: Config, default: int) -> Any:
     values = [config[name] for name in names]
     if len(values) == 2 and values[0] != values[1]:
         raise PlanError(
-            f"config: num_experts={values[1]!r}, but should be num_local_experts={values[0]!r}"
+            f"config: num_experts={brief(values[1])}, but should be"
+            f" num_local_experts={brief(values[0])}"
         )
     if values and not values[0]:
-        raise PlanError(f"config: {names[0]}={values[0]!r}, but should be at least 1")
+        raise PlanError(f"config: {names[0]}={brief(values[0])}, but should be at least 1")
     return values[0] if values else default
 
 
@@ -199,6 +201,10 @@ def _gpt_oss(config: Config) -> dict[str, Any]:
         config["rope_scaling"] = _GPT_OSS_ROPE
     layers = _required(config, "num_hidden_layers")
     types = config.get("layer_types")
+    if not isinstance(layers, int) or not 0 < layers <= _MOST_LAYERS:
+        raise PlanError(
+            f"config: num_hidden_layers={brief(layers)}, but should be from 1 to {_MOST_LAYERS}"
+        )
     if types is None:
         types = [_GPT_OSS_LAYERS[layer % 2] for layer in range(layers)]
     elif isinstance(types, list) and len(types) != layers:
@@ -234,6 +240,7 @@ _GPT_OSS = {
     "head_dim": 64,
     "max_position_embeddings": 131072,
 }
+_MOST_LAYERS = 100_000
 _GPT_OSS_LAYERS = ("sliding_attention", "full_attention")
 _GPT_OSS_ROPE = {
     "rope_type": "yarn",
@@ -251,7 +258,8 @@ def _chosen(config: Config, default: int) -> Any:
     own = config.get("experts_per_token")
     if None not in (chosen, own) and chosen != own:
         raise PlanError(
-            f"config: experts_per_token={own!r}, but should be num_experts_per_tok={chosen!r}"
+            f"config: experts_per_token={brief(own)}, but should be"
+            f" num_experts_per_tok={brief(chosen)}"
         )
     return next((value for value in (chosen, own) if value is not None), default)
 
@@ -260,6 +268,8 @@ def _gpt2(config: Config) -> dict[str, Any]:
     for name, neutral in _GPT2_NEUTRAL.items():
         _refuse_unless(config, name, neutral)
     hidden_size = _required(config, "n_embd")
+    if not isinstance(hidden_size, int):
+        raise PlanError(f"config: n_embd={brief(hidden_size)}, but should be a whole number")
     return {
         "hidden_size": hidden_size,
         "intermediate_size": config.get("n_inner") or 4 * hidden_size,
@@ -306,12 +316,15 @@ def _qwen_window(config: Config) -> int:
         return _uniform_window(config, window)
     layers = _required(config, "num_hidden_layers")
     first = _get(config, "max_window_layers", 28)
+    for name, value in (("num_hidden_layers", layers), ("max_window_layers", first)):
+        if not isinstance(value, int):
+            raise PlanError(f"config: {name}={brief(value)}, but should be a whole number")
     if first in range(1, layers):
         raise PlanError(
             f"config: max_window_layers={first}, but should be 0 or at least"
             f" num_hidden_layers={layers}: the reference decoder has one kind of layer"
         )
-    return int(window) if first == 0 else 0
+    return window if first == 0 else 0
 
 
 def _uniform_window(config: Config, window: int) -> int:
@@ -319,12 +332,13 @@ def _uniform_window(config: Config, window: int) -> int:
     types = config.get("layer_types")
     if types is None:
         return window
-    kinds = set(types) if isinstance(types, list) else set()
+    plain = isinstance(types, list) and all(isinstance(one, str) for one in types)
+    kinds = set(types) if plain else set()
     if kinds == {"full_attention"}:
         return 0
     if kinds == {"sliding_attention"} and window:
         return window
     raise PlanError(
-        f"config: layer_types={types!r}, but should all be full_attention, or all be"
+        f"config: layer_types={brief(types)}, but should all be full_attention, or all be"
         " sliding_attention with a window: the reference decoder has one kind of layer"
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpcheck.errors import PlanError
+from tpcheck.json_reader import brief
 
 Config = Mapping[str, Any]
 
@@ -37,6 +38,6 @@ def refuse_unless(config: Config, name: str, neutral: Any) -> None:
     value = config.get(name)
     if value is not None and value != neutral:
         raise PlanError(
-            f"config: {name}={value!r}, but should be {neutral!r}:"
+            f"config: {name}={brief(value)}, but should be {brief(neutral)}:"
             " the reference decoder cannot do otherwise"
         )

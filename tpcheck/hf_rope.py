@@ -12,6 +12,7 @@ from typing import Any
 
 from tpcheck.errors import PlanError
 from tpcheck.hf_fields import Config, get, refuse_unless, required
+from tpcheck.json_reader import brief
 from tpcheck.spec import RopeScaling
 
 
@@ -24,7 +25,7 @@ def rope_fields(config: Config) -> dict[str, Any]:
     name = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
     rope = get(config, name, {})
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise PlanError(f"config: {name}={rope!r}, but should be one set of parameters")
+        raise PlanError(f"config: {name}={brief(rope)}, but should be one set of parameters")
     for where in (config, rope):
         refuse_unless(where, "partial_rotary_factor", 1.0)
     theta = rope.get("rope_theta", get(config, "rope_theta", 10000.0))
@@ -41,7 +42,7 @@ def _scaling(config: Config, name: str, rope: Config) -> RopeScaling | None:
     needed = {"linear": ("factor",), "llama3": _LLAMA3_FIELDS}.get(str(rope_type))
     if needed is None:
         raise PlanError(
-            f"config: {name}.rope_type={rope_type!r},"
+            f"config: {name}.rope_type={brief(rope_type)},"
             " but should be one of default, linear, llama3, yarn"
         )
     values = {field: required(rope, field, where=f"config: {name}") for field in needed}
@@ -79,6 +80,11 @@ def _yarn(config: Config, name: str, rope: Config) -> RopeScaling:
 def _mscale(factor: float, rope: Config) -> float:
     """Return the attention factor that DeepSeek's two fields make; 0 derives it from factor."""
     mscales = [get(rope, field, 0) for field in ("mscale", "mscale_all_dim")]
+    for field, value in zip(
+        ("factor", "mscale", "mscale_all_dim"), (factor, *mscales), strict=True
+    ):
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise PlanError(f"config: rope: {field}={brief(value)}, but should be a number")
     if not all(mscales) or factor <= 1:
         return 0.0
     above, below = (0.1 * mscale * math.log(factor) + 1.0 for mscale in mscales)

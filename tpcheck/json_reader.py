@@ -1,6 +1,7 @@
 """Read JSON that came from elsewhere: strictly, and as a value that knows its path. Torch-free.
 
-Requirement: JSON means the same to every reader: no NaN or Infinity, no key that stands twice. And
+Requirement: JSON means the same to every reader: UTF-8, no NaN or Infinity, no key that stands
+twice, no number and no nesting that only some programs can hold. And
 whatever is missing, has another type or another value than allowed is refused with the path of the
 very value, `report.verdicts[3].tp_size=True, but should be a whole number`, so that a hand-edited
 or foreign file can be mended without reading our source.
@@ -22,8 +23,15 @@ _WORDS = {
     int: "a whole number",
     float: "a number",
     bool: "true or false",
+    type(None): "null",
 }
 _MISSING: Any = object()
+
+MAX_DEPTH = 256
+"""Lists and objects inside each other: what walks a value, or prints it, does so by recursion."""
+
+_SAFE_DIGITS = 300
+"""So many digits are below the largest float."""
 
 
 class JsonReader:
@@ -72,22 +80,54 @@ def parse_json(text: str | bytes) -> Any:
     """Return a JSON value, as strict as the standard.
 
     Raises:
-        ValueError: it is not JSON, holds NaN, Infinity or a number too large for a float, or a key
-            stands twice in one object.
+        ValueError: it is not JSON in UTF-8, holds NaN, Infinity or a number too large for a float,
+            nests deeper than MAX_DEPTH, or a key stands twice in one object.
     """
-    return json.loads(
-        text,
+    value = json.loads(
+        # of bytes, json would guess the encoding, and read what other programs refuse
+        text if isinstance(text, str) else text.decode("utf-8"),
         parse_constant=_no_constant,
         parse_float=_finite_float,
+        parse_int=_finite_int,
         object_pairs_hook=_unique_keys,
     )
+    require_shallow(value)
+    return value
+
+
+def require_shallow(value: Any) -> None:
+    """Raise ValueError where lists and objects are inside each other deeper than MAX_DEPTH."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"it nests deeper than {MAX_DEPTH} lists and objects")
 
 
 def refuse(path: str, value: Any, expected: str) -> NoReturn:
     """Raise a TPCheckError that says what stands at `path` and what should."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    raise TPCheckError(f"{path}={shown}, but should be {expected}")
+    raise TPCheckError(f"{path}={brief(value, 60)}, but should be {expected}")
+
+
+def brief(value: Any, most: int = 200) -> str:
+    """Write a value of a file that nobody vouches for into a message: at most so many characters.
+
+    Example:
+        >>> brief([1, 2]), brief("x" * 100, 12)
+        ('[1, 2]', "'xxxxxxxx...")
+    """
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits, or deeper, than Python writes
+        text = f"a {type(value).__name__} that is too large to be written"
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _named(kind: Any) -> str:
@@ -102,8 +142,15 @@ def _no_constant(name: str) -> NoReturn:
 def _finite_float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{digits} is beyond what a float can hold")
+        shown = digits if len(digits) <= 60 else digits[:57] + "..."
+        raise ValueError(f"{shown} is beyond what a float can hold")
     return value
+
+
+def _finite_int(digits: str) -> int:
+    if len(digits) > _SAFE_DIGITS:
+        _finite_float(digits)
+    return int(digits)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,5 +158,5 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         seen = Counter(name for name, _ in pairs)
         twice = next(name for name, count in seen.items() if count > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
     return value

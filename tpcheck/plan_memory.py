@@ -19,6 +19,7 @@ from tpcheck.engines.facts import Facts, Quant, ceil_div
 from tpcheck.engines.parts import read_parts
 from tpcheck.engines.stored_bytes import DTYPE_BYTES, dtype_bytes, scale_bytes, stored_bits
 from tpcheck.errors import PlanError
+from tpcheck.json_reader import brief
 
 Config = Mapping[str, Any]
 
@@ -161,9 +162,9 @@ def _lacking(facts: Facts, fields: Config) -> list[str]:
     if facts.intermediate_size is None and facts.moe_intermediate_size is None:
         lacking.append("intermediate_size")
     if facts.model_type in UNCOUNTED:
-        lacking.append(f"the layers of model_type={facts.model_type!r}")
+        lacking.append(f"the layers of model_type={brief(facts.model_type)}")
     if facts.quant is not None and stored_bits(facts.quant) is None:
-        lacking.append(f"bytes of quant_method={facts.quant.method!r}")
+        lacking.append(f"bytes of quant_method={brief(facts.quant.method)}")
     return lacking
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpcheck.errors import PlanError
+from tpcheck.json_reader import brief
 
 FORMATS = ("fp8", "int8", "gptq", "awq", "pack-quantized", "mxfp4", "nvfp4")
 
@@ -72,7 +73,8 @@ class Quantization:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise PlanError(
-                    f"quantization: {name}={value!r}, but should be a whole number of at least 0"
+                    f"quantization: {name}={brief(value)}, but should be a whole number of at"
+                    f" least 0"
                 )
         if self.format in ("mxfp4", "nvfp4") and self.group_size == 0:
             raise PlanError(f"quantization: group_size=0, but {self.format} should have groups")
@@ -94,7 +96,7 @@ class Quantization:
             raise PlanError("quantization: group_size=0, but activations='group' should have one")
         _require("kv_cache", self.kv_cache, ("none", "tensor", "head"))
         if not all(isinstance(name, str) and name for name in self.skip):
-            raise PlanError(f"quantization: skip={self.skip!r}, but should be names of layers")
+            raise PlanError(f"quantization: skip={brief(self.skip)}, but should be names of layers")
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any]) -> Quantization:
@@ -147,4 +149,4 @@ def _require(name: str, value: object, allowed: tuple[object, ...], format_: str
     where = f" for {format_}" if format_ else ""
     shown = ", ".join(map(str, allowed))
     many = "one of " if len(allowed) > 1 else ""
-    raise PlanError(f"quantization: {name}={value!r}, but should be {many}{shown}{where}")
+    raise PlanError(f"quantization: {name}={brief(value)}, but should be {many}{shown}{where}")

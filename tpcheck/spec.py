@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpcheck.errors import PlanError, TPCheckError
+from tpcheck.json_reader import brief
 from tpcheck.quantization import Quantization
 
 
@@ -38,7 +39,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.rope_type not in ("linear", "llama3", "yarn"):
             raise PlanError(
-                f"rope_scaling: rope_type={self.rope_type!r},"
+                f"rope_scaling: rope_type={brief(self.rope_type)},"
                 " but should be one of linear, llama3, yarn"
             )
         for field in dataclasses.fields(self)[1:]:
@@ -156,7 +157,7 @@ class ModelSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise PlanError(
-                    f"{name}={value!r}, but should be a whole number of at least {least}"
+                    f"{name}={brief(value)}, but should be a whole number of at least {least}"
                 )
         for name in ("norm_eps", "rope_theta", "swiglu_alpha"):
             _require_positive(name, getattr(self, name))
@@ -165,7 +166,8 @@ class ModelSpec:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise PlanError(
-                    f"{name}={getattr(self, name)!r}, but should be one of {', '.join(allowed)}"
+                    f"{name}={brief(getattr(self, name))}, but should be one of"
+                    f" {', '.join(allowed)}"
                 )
 
     @classmethod
@@ -231,11 +233,11 @@ def _require_layer_types(spec: ModelSpec) -> None:
     types, layers = spec.layer_types, spec.num_hidden_layers
     if not isinstance(types, (list, tuple)) or any(one not in LAYER_TYPES for one in types):
         raise PlanError(
-            f"layer_types={types!r}, but should be a list of {' and '.join(LAYER_TYPES)}"
+            f"layer_types={brief(types)}, but should be a list of {' and '.join(LAYER_TYPES)}"
         )
     if types and len(types) < layers:
         raise PlanError(
-            f"layer_types={list(types)!r}, but should name a kind for each of"
+            f"layer_types={brief(list(types))}, but should name a kind for each of"
             f" num_hidden_layers={layers}"
         )
     if "sliding_attention" in types and not spec.sliding_window:
@@ -252,7 +254,7 @@ def _require_swiglu(spec: ModelSpec) -> None:
     for name, needed in (("mlp", "gated"), ("hidden_act", "silu")):
         if getattr(spec, name) != needed:
             raise PlanError(
-                f"{name}={getattr(spec, name)!r}, but should be {needed!r} where"
+                f"{name}={brief(getattr(spec, name))}, but should be {brief(needed)} where"
                 f" swiglu_limit={limit}"
             )
 
@@ -264,7 +266,8 @@ def _require_experts(spec: ModelSpec) -> None:
         for name in (*_EXPERT_SIZES, "norm_topk_prob", "router_bias"):
             if getattr(spec, name):
                 raise PlanError(
-                    f"{name}={getattr(spec, name)!r}, but should be left out where num_experts=0:"
+                    f"{name}={brief(getattr(spec, name))}, but should be left out where"
+                    f" num_experts=0:"
                     " a dense model has no experts"
                 )
         return
@@ -273,18 +276,18 @@ def _require_experts(spec: ModelSpec) -> None:
             f"num_experts_per_tok={chosen}, but should be from 1 to num_experts={experts}"
         )
     if spec.mlp != "gated":
-        raise PlanError(f"mlp={spec.mlp!r}, but should be 'gated' where num_experts={experts}")
+        raise PlanError(f"mlp={brief(spec.mlp)}, but should be 'gated' where num_experts={experts}")
 
 
 def _require_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise PlanError(f"{name}={value!r}, but should be true or false")
+        raise PlanError(f"{name}={brief(value)}, but should be true or false")
 
 
 def _require_positive(name: str, value: object) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value < float("inf"):  # type: ignore[operator]
-        raise PlanError(f"{name}={value!r}, but should be a positive number")
+        raise PlanError(f"{name}={brief(value)}, but should be a positive number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,7 +326,7 @@ class Case:
         match = re.fullmatch(r"s(\d+)-b(\d+)-t(\d+)(?:\+(\{.*\}))?", case_id, re.DOTALL)
         if match is None:
             raise TPCheckError(
-                f"case={case_id!r}, but should look like s7-b2-t16 (seed, batch, length)"
+                f"case={brief(case_id)}, but should look like s7-b2-t16 (seed, batch, length)"
             )
         seed, batch, seq_len = map(int, match.groups()[:3])
         if match[4] is None:
@@ -331,7 +334,7 @@ class Case:
         try:
             fields = json.loads(match[4])
         except ValueError as error:
-            raise TPCheckError(f"case={case_id!r}: the spec is not JSON: {error}") from error
+            raise TPCheckError(f"case={brief(case_id)}: the spec is not JSON: {error}") from error
         return cls(seed, batch, seq_len, ModelSpec.from_fields(fields))
 
 

@@ -53,7 +53,16 @@ def _truncate(rng: random.Random, data: bytes) -> bytes:
 
 
 def _extend(rng: random.Random, data: bytes) -> bytes:
-    more = (b"\0", b"\n", b" ", b"}", b"{}", rng.randbytes(rng.randrange(1, 40)), data, b"\0" * 4096)
+    more = (
+        b"\0",
+        b"\n",
+        b" ",
+        b"}",
+        b"{}",
+        rng.randbytes(rng.randrange(1, 40)),
+        data,
+        b"\0" * 4096,
+    )
     return data + rng.choice(more)
 
 
@@ -71,7 +80,17 @@ def _swap_pieces(rng: random.Random, data: bytes) -> bytes:
 
 def _insert(rng: random.Random, data: bytes) -> bytes:
     at = _at(rng, data)
-    odd = (b"\0", b"\xff", b"\xc3", b"\xed\xa0\x80", b"\r\n", b"\\u0000", b"NaN", b"1e999", b"[" * 9)
+    odd = (
+        b"\0",
+        b"\xff",
+        b"\xc3",
+        b"\xed\xa0\x80",
+        b"\r\n",
+        b"\\u0000",
+        b"NaN",
+        b"1e999",
+        b"[" * 9,
+    )
     return data[:at] + rng.choice(odd) + data[at:]
 
 
@@ -128,7 +147,16 @@ def _atoms(rng: random.Random, toml: bool) -> str:
     common = [
         *("0", "-1", "1", "2", "-0.0", "0.5", "1e300", "true", "false", '""', "[]", "[[]]", "[0]"),
         *("1" + "0" * 25, "-1" + "0" * 400, "1" + "0" * 400, "1" + "0" * 5000, "9007199254740993"),
-        *('"\\u0000"', '"../../x"', '"a/b"', '"\\u001b[2J"', '"__class__"', long, "1e400", "-1e400"),
+        *(
+            '"\\u0000"',
+            '"../../x"',
+            '"a/b"',
+            '"\\u001b[2J"',
+            '"__class__"',
+            long,
+            "1e400",
+            "-1e400",
+        ),
         *('"PASS"', '"WRONG"', '"F32"', '"nccl"', '"1"', '"NaN"', '".*"', '"(a+)+$"', '"["'),
         "[" + "0," * rng.choice((10, 20_000)) + "0]",
         "[" + ",".join(map(str, range(20_000))) + "]",
@@ -138,7 +166,15 @@ def _atoms(rng: random.Random, toml: bool) -> str:
     ]
     if toml:
         common += [
-            *("nan", "inf", "-inf", "0x" + "f" * 5000, "0b" + "1" * 20_000, "1979-05-27", "00:00:00"),
+            *(
+                "nan",
+                "inf",
+                "-inf",
+                "0x" + "f" * 5000,
+                "0b" + "1" * 20_000,
+                "1979-05-27",
+                "00:00:00",
+            ),
             *("{}", "{ a = 1 }", "'a'", "{ " + "a." * depth + "a = 1 }", "[" + "{}," * 50 + "{}]"),
             _nested("{ a = ", "1", " }", min(depth, 999)),
         ]
@@ -323,7 +359,16 @@ def _toml_lines(rng: random.Random, data: bytes) -> bytes:
 def _lines(rng: random.Random, data: bytes) -> bytes:
     lines = data.split(b"\n")
     odd = (
-        *(b"(", b"[a", b"a{99999999999}", b"(?P<n>a)(?P<n>b)", b"*", b"\\", b"(a+)+$", b"a{1,65536}"),
+        *(
+            b"(",
+            b"[a",
+            b"a{99999999999}",
+            b"(?P<n>a)(?P<n>b)",
+            b"*",
+            b"\\",
+            b"(a+)+$",
+            b"a{1,65536}",
+        ),
         *(b"x" * 100_000, b"(" * 5_000 + b")" * 5_000, b"#", b" ", b"\x00", b"(?i", b"(?<=a*)b"),
         b"|".join([b"a"] * 5_000),
     )
@@ -373,11 +418,31 @@ def _header_field(rng: random.Random, file: bytes) -> bytes:
         *([big] * 5_000, entry["shape"][::-1], [*entry["shape"], 1], [1] * 5_000, [2.0], None, "4"),
     )
     offsets = (
-        *([stop, start], [-1, stop], [start, big], [big, big], [start, stop + 4], [start - 4, stop]),
+        *(
+            [stop, start],
+            [-1, stop],
+            [start, big],
+            [big, big],
+            [start, stop + 4],
+            [start - 4, stop],
+        ),
         *([start], [start, stop, stop], other["data_offsets"], [start + 1, stop + 1], None, [0, 0]),
         *([float(start), float(stop)], [False, stop], [2**64 - 4, stop], [start - 2**64, stop]),
     )
-    dtypes = ("F64", "I32", "U8", "BF16", "BOOL", "C64", "F4", "F6_E2M3", "F8_E8M0", "Q4", "f32", "")
+    dtypes = (
+        "F64",
+        "I32",
+        "U8",
+        "BF16",
+        "BOOL",
+        "C64",
+        "F4",
+        "F6_E2M3",
+        "F8_E8M0",
+        "Q4",
+        "f32",
+        "",
+    )
     what = rng.randrange(6)
     if what == 0:
         entry["shape"] = rng.choice(shapes)
@@ -401,7 +466,17 @@ def _header_field(rng: random.Random, file: bytes) -> bytes:
 
 def _header_length(rng: random.Random, file: bytes) -> bytes:
     length = int.from_bytes(file[:8], "little")
-    sizes = (0, 1, length - 1, length + 1, len(file) - 8, len(file) - 7, len(file), 10**8, 10**8 + 1)
+    sizes = (
+        0,
+        1,
+        length - 1,
+        length + 1,
+        len(file) - 8,
+        len(file) - 7,
+        len(file),
+        10**8,
+        10**8 + 1,
+    )
     told = rng.choice((*sizes, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 2**64 - 8, length + 2**32))
     return packed(file[8:], b"", told)
 
@@ -415,7 +490,13 @@ def _header_words(rng: random.Random, file: bytes) -> bytes:
     twice = f'{{"{name}": {json.dumps(header[name])}, {text[1:]}'.encode()
     words = (
         *(text.encode("utf-16"), text.encode("utf-16-le"), text.encode("utf-8-sig"), twice),
-        *(b" " + plain, b"\n" * 8 + plain, plain + b"\0" * 8, plain + b" " * 64, b"[" + plain + b"]"),
+        *(
+            b" " + plain,
+            b"\n" * 8 + plain,
+            plain + b"\0" * 8,
+            plain + b" " * 64,
+            b"[" + plain + b"]",
+        ),
         *(b"[" * 50_000, b'{"a":' * 50_000, b"[" + b"[]," * 20_000 + b"[]]", b"{}", b""),
     )
     return packed(rng.choice(words), data)

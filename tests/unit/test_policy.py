@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tests.gate_reports import POLICY
 from tpcheck.deployment_gate.policy import (
     DEFAULT_REQUIRE,
-    MAX_BYTES,
     Policy,
     parse_policy,
     policy_digest,
@@ -22,6 +21,7 @@ from tpcheck.deployment_gate.policy import (
     read_policy,
 )
 from tpcheck.errors import TPCheckError
+from tpcheck.files import MAX_TOML_BYTES
 
 CONTRACT = """
 [policy]
@@ -155,7 +155,7 @@ def test_an_unknown_key_is_an_error_that_says_what_was_meant(name: str, message:
         (b"[policy", "is not TOML"),
         (b"\xff\xfe", "is not TOML"),
         (b"x = " + b"[" * 100_000, "is not TOML"),
-        (b"#" * (MAX_BYTES + 1), "is more than 1048576 bytes"),
+        (b"#" * (MAX_TOML_BYTES + 1), "is larger than 1048576 bytes"),
         (b"[policy]\ntp = [" + b"9" * 5000 + b"]", "is not TOML"),
         (
             b"[policy]\ntp=[2]\ndtypes=['bfloat16']\nbackends=['sim']\nmatch.d = 2026-01-01",

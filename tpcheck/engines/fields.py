@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpcheck.errors import PlanError
+from tpcheck.json_reader import brief
 
 Config = Mapping[str, Any]
 
@@ -33,7 +34,7 @@ def number(config: Config, names: tuple[str, ...], where: str) -> int | None:
             if value == 0 and value is not False and name in _MAY_BE_ZERO:
                 continue
             raise PlanError(
-                f"{where}: {name}={value!r}, but should be a whole number of at least 1"
+                f"{where}: {name}={brief(value)}, but should be a whole number of at least 1"
             )
         return int(value)
     return None
@@ -58,7 +59,7 @@ def word(config: Config, name: str, where: str) -> str | None:
     """
     value = config.get(name)
     if value is not None and not isinstance(value, str):
-        raise PlanError(f"{where}: {name}={value!r}, but should be text")
+        raise PlanError(f"{where}: {name}={brief(value)}, but should be text")
     return value
 
 
@@ -72,5 +73,5 @@ def choice(config: Config, name: str, known: tuple[str, ...], default: str, wher
     if value is None:
         return default
     if value not in known:
-        raise PlanError(f"{where}: {name}={value!r}, but should be one of {', '.join(known)}")
+        raise PlanError(f"{where}: {name}={brief(value)}, but should be one of {', '.join(known)}")
     return str(value)

@@ -13,6 +13,7 @@ from typing import Any
 from tpcheck.engines.facts import Facts
 from tpcheck.engines.reading import read_facts
 from tpcheck.errors import PlanError
+from tpcheck.json_reader import brief
 
 Config = Mapping[str, Any]
 
@@ -72,5 +73,5 @@ _NOT_A_TOWERS = ("vocab_size", "quantization_config")
 def _nested(config: Config, name: str) -> Config | None:
     fields = config.get(name)
     if fields is not None and not isinstance(fields, Mapping):
-        raise PlanError(f"config: {name}={fields!r}, but should be an object of fields")
+        raise PlanError(f"config: {name}={brief(fields)}, but should be an object of fields")
     return fields

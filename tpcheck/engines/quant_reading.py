@@ -12,6 +12,7 @@ from typing import Any
 
 from tpcheck.engines.facts import Quant
 from tpcheck.errors import PlanError
+from tpcheck.json_reader import brief
 
 
 def read_quant(config: Mapping[str, Any], where: str) -> Quant | None:
@@ -27,12 +28,12 @@ def read_quant(config: Mapping[str, Any], where: str) -> Quant | None:
     if fields is not None:
         if not isinstance(fields, Mapping):
             raise PlanError(
-                f"{where}: quantization_config={fields!r}, but should be an object of fields"
+                f"{where}: quantization_config={brief(fields)}, but should be an object of fields"
             )
         return _from_checkpoint(fields, f"{where}: quantization_config")
     named = config.get("quant", config.get("quant_method"))
     if named is not None and not isinstance(named, str):
-        raise PlanError(f"{where}: quant={named!r}, but should be the name of a method")
+        raise PlanError(f"{where}: quant={brief(named)}, but should be the name of a method")
     block = _block(config.get("weight_block_size", config.get("block")), where)
     if config.get("mxfp4_block") is not None:
         named, block = "mxfp4", None
@@ -56,7 +57,7 @@ def read_quant(config: Mapping[str, Any], where: str) -> Quant | None:
 def _from_checkpoint(fields: Mapping[str, Any], where: str) -> Quant:
     named = fields.get("quant_method") or fields.get("quant_algo")
     if not isinstance(named, str):
-        raise PlanError(f"{where}.quant_method={named!r}, but should be the name of a method")
+        raise PlanError(f"{where}.quant_method={brief(named)}, but should be the name of a method")
     method, bits = _method(named.lower())
     if method == "modelopt":
         method = str(fields.get("quant_algo") or "fp8").lower()
@@ -64,7 +65,7 @@ def _from_checkpoint(fields: Mapping[str, Any], where: str) -> Quant:
         bits = 8
     ignored = next((fields[name] for name in _IGNORED if fields.get(name)), ())
     if not isinstance(ignored, (list, tuple)):
-        raise PlanError(f"{where}: ignored modules={ignored!r}, but should be a list of names")
+        raise PlanError(f"{where}: ignored modules={brief(ignored)}, but should be a list of names")
     names = tuple(name for name in ignored if isinstance(name, str))
     if method == "compressed-tensors":
         return _compressed(fields, names, where)
@@ -100,7 +101,7 @@ def _compressed(fields: Mapping[str, Any], names: tuple[str, ...], where: str) -
 
 def _method(word: str) -> tuple[str, int]:
     """Split `gptq-int4` into the method and its bits; other hyphens become underscores."""
-    bits = re.fullmatch(r"(gptq|awq|auto[-_]round|marlin)[-_](?:w|int)(\d+)", word)
+    bits = re.fullmatch(r"(gptq|awq|auto[-_]round|marlin)[-_](?:w|int)([1-9]|[12]\d|3[0-2])", word)
     if bits:
         return bits[1].replace("-", "_"), int(bits[2])
     name = word.replace("-", "_")
@@ -117,7 +118,8 @@ def _block(value: Any, where: str) -> tuple[int, int] | None:
     sizes = value if isinstance(value, (list, tuple)) else ()
     if len(sizes) != 2 or not all(_is_count(size) for size in sizes):
         raise PlanError(
-            f"{where}: weight_block_size={value!r}, but should be two whole numbers of at least 1"
+            f"{where}: weight_block_size={brief(value)}, but should be two whole numbers of at"
+            f" least 1"
         )
     return (sizes[0], sizes[1])
 
@@ -127,16 +129,23 @@ def _group(value: Any, where: str) -> int | None:
         return None
     if value != -1 and not _is_count(value):
         raise PlanError(
-            f"{where}: group_size={value!r}, but should be -1 or a whole number of at least 1"
+            f"{where}: group_size={brief(value)}, but should be -1 or a whole number of at least 1"
         )
     return int(value)
+
+
+_MOST_BITS = 32
+"""Codes are packed into words of so many."""
 
 
 def _bits(value: Any, default: int, where: str) -> int:
     if value is None:
         return default
-    if not _is_count(value):
-        raise PlanError(f"{where}: bits={value!r}, but should be a whole number of at least 1")
+    if not _is_count(value) or value > _MOST_BITS:
+        raise PlanError(
+            f"{where}: bits={brief(value)}, but should be a whole number of at least 1 and at most"
+            f" {_MOST_BITS}"
+        )
     return int(value)
 
 

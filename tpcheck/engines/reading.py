@@ -17,6 +17,7 @@ from tpcheck.engines.fields import choice, count, number, word
 from tpcheck.engines.linears import part_linears
 from tpcheck.engines.quant_reading import read_quant
 from tpcheck.errors import PlanError
+from tpcheck.json_reader import brief
 
 Config = Mapping[str, Any]
 
@@ -217,7 +218,7 @@ def _flattened(config: Config, where: str) -> Config:
         if fields is None:
             continue
         if not isinstance(fields, Mapping):
-            raise PlanError(f"{where}: {name}={fields!r}, but should be an object of fields")
+            raise PlanError(f"{where}: {name}={brief(fields)}, but should be an object of fields")
         found |= {new: fields[old] for old, new in spellings.items() if fields.get(old) is not None}
     return {**found, **config} if found else config
 
@@ -279,7 +280,9 @@ def _architecture(config: Config, where: str) -> str | None:
     if not names:
         return None
     if not isinstance(names, (list, tuple)) or not isinstance(names[0], str):
-        raise PlanError(f"{where}: architectures={names!r}, but should be a list of class names")
+        raise PlanError(
+            f"{where}: architectures={brief(names)}, but should be a list of class names"
+        )
     return names[0]
 
 
@@ -291,7 +294,7 @@ def _dtype(config: Config) -> str | None:
 def _capability(config: Config, where: str) -> str:
     value = str(config.get("compute_capability") or "8.0")
     if not re.fullmatch(r"\d+(\.\d)?", value):
-        raise PlanError(f"{where}: compute_capability={value!r}, but should look like 8.0")
+        raise PlanError(f"{where}: compute_capability={brief(value)}, but should look like 8.0")
     return value
 
 
@@ -302,7 +305,7 @@ def _scope(config: Config, where: str) -> str | None:
     last = name.partition(" ")[0].rpartition(".")[2]
     if last not in _SCOPES:
         known = ", ".join(_TENSORS)
-        raise PlanError(f"{where}: tensor={name!r}, but should be one of {known}")
+        raise PlanError(f"{where}: tensor={brief(name)}, but should be one of {known}")
     return _SCOPES[last]
 
 
@@ -314,6 +317,6 @@ def _memory(config: Config, where: str) -> tuple[float, ...] | None:
             continue
         sizes = value if isinstance(value, (list, tuple)) else ()
         if not sizes or not all(isinstance(size, (int, float)) and size > 0 for size in sizes):
-            raise PlanError(f"{where}: {name}={value!r}, but should be a list of sizes in GB")
+            raise PlanError(f"{where}: {name}={brief(value)}, but should be a list of sizes in GB")
         return tuple(float(size) for size in sizes)
     return None

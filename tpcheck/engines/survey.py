@@ -15,6 +15,7 @@ from tpcheck.engines.facts import Facts
 from tpcheck.engines.gated_delta import covers
 from tpcheck.engines.registry import engine_named
 from tpcheck.engines.transformers_plans import is_known
+from tpcheck.json_reader import brief
 
 UP_TO = 64
 """Legal degrees are looked for up to here."""
@@ -71,9 +72,13 @@ def _unknown(engine: Engine, facts: Facts) -> list[str]:
     """Return what is planned although nothing is known of it here."""
     kind, method, notes = facts.model_type, facts.method, []
     if kind is not None and facts.role != "tower" and not is_known(kind):
-        notes.append(f"model_type={kind!r} is not known: planned from the fields that are there")
+        notes.append(
+            f"model_type={brief(kind)} is not known: planned from the fields that are there"
+        )
     if method is not None and engine.unknown_format and engine.unknown_format(method):
-        notes.append(f"quant_method={method!r}: not known how it is split, planned as unquantized")
+        notes.append(
+            f"quant_method={brief(method)}: not known how it is split, planned as unquantized"
+        )
     if facts.linear_num_key_heads and not covers(engine.rules):
         notes.append("linear attention: no rule is known, its heads are planned as if they divide")
     return notes

@@ -24,6 +24,7 @@ from tpcheck.header_check.packing import storing
 from tpcheck.header_check.part_names import PartNames, names_by_part
 from tpcheck.header_check.tiling import cuts_at, tiling_problems
 from tpcheck.header_check.towers import TOWERS
+from tpcheck.json_reader import brief
 from tpcheck.plan_memory import sparse_layers
 from tpcheck.spec import ModelSpec
 
@@ -149,9 +150,11 @@ def _why_unknown(family: Family | None, facts: Facts, fields: Mapping[str, Any])
     """Say why this part's tensors cannot be told from its config."""
     if family is None:
         known = ", ".join(FAMILIES if facts.role == "text" else TOWERS)
-        return f"model_type={facts.model_type!r} has no table of tensors, those that do: {known}"
+        return (
+            f"model_type={brief(facts.model_type)} has no table of tensors, those that do: {known}"
+        )
     if facts.quant is not None and storing(facts.quant) is None:
-        return f"quant_method={facts.quant.method!r} at {facts.quant.bits} bits has no table"
+        return f"quant_method={brief(facts.quant.method)} at {facts.quant.bits} bits has no table"
     missing = missing_fields(facts, fields, family)
     if missing:
         return f"the config does not say {', '.join(missing)}"

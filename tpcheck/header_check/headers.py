@@ -9,19 +9,24 @@ sentence that names the file.
 from __future__ import annotations
 
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 from tpcheck.errors import SubjectError, TPCheckError
-from tpcheck.files import read_json
+from tpcheck.files import is_file, read_json
 from tpcheck.hf_config import describe_directory
-from tpcheck.json_reader import parse_json
+from tpcheck.json_reader import brief, parse_json, refuse
 
 INDEX = "model.safetensors.index.json"
 
 _MAX_HEADER_BYTES = 100_000_000
 """As the format's own readers have it: beyond, a length is no length."""
+
+_MAX_DIMS = 64
+_SIZES = 2**63
+"""Above what a dim or an offset can be: products of many huge numbers would take for ever."""
 
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -72,12 +77,12 @@ def read_headers(directory: Path) -> Headers:
         for name, header in read_header(directory / file).items():
             if name in tensors:
                 raise TPCheckError(
-                    f"{directory / file}: holds {name!r}, which {tensors[name].file} holds too"
+                    f"{directory / file}: holds {brief(name)}, which {tensors[name].file} holds too"
                 )
             tensors[name] = header
     for name, file in wanted.items():
         if name not in tensors or tensors[name].file != file:
-            raise TPCheckError(f"{index}: says that {file} holds {name!r}, but it does not")
+            raise TPCheckError(f"{index}: says that {file} holds {brief(name)}, but it does not")
     return Headers(tensors, tuple(files))
 
 
@@ -85,13 +90,16 @@ def _read_index(path: Path) -> dict[str, str]:
     index = read_json(path)
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
-        raise TPCheckError(f"{path}: weight_map={files!r}, but should say the file of each tensor")
+        raise TPCheckError(
+            f"{path}: weight_map={brief(files)}, but should say the file of each tensor"
+        )
     for file in dict.fromkeys(files.values()):
         if not isinstance(file, str) or Path(file).name != file:
-            raise TPCheckError(f"{path}: names {file!r}, but should name files beside it")
-        if not (path.parent / file).is_file():
+            raise TPCheckError(f"{path}: names {brief(file)}, but should name files beside it")
+        if not is_file(path.parent / file):
             raise TPCheckError(
-                f"{path}: names {file!r}, which is not there; {describe_directory(path.parent)}"
+                f"{path}: names {brief(file)}, which is not there;"
+                f" {describe_directory(path.parent)}"
             )
     return files
 
@@ -107,20 +115,21 @@ def read_header(path: Path) -> dict[str, Header]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the free text of a file's header; what is not text is left out.
+    """Return the free text of a file's header.
 
     Raises:
         TPCheckError: the file cannot be read or its header is none; names it.
     """
-    found = _read_fields(path)[0].get("__metadata__")
-    pairs = found.items() if isinstance(found, dict) else ()
-    return {key: value for key, value in pairs if isinstance(value, str)}
+    return dict(_read_fields(path)[0].get("__metadata__") or {})
 
 
 def _read_fields(path: Path) -> tuple[dict[str, Any], int, int]:
     """Return the header's entries, where the data begin, and the file's size, all in bytes."""
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe of that name must not hang us
+            raise TPCheckError(f"{path}: is no regular file, but should be one")
+        size = found.st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8:
@@ -141,6 +150,10 @@ def _read_fields(path: Path) -> tuple[dict[str, Any], int, int]:
         raise TPCheckError(f"{path}: its header is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise TPCheckError(f"{path}: its header is a {type(fields).__name__}, but should be object")
+    metadata = fields.get("__metadata__")
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        refuse(f"{path}: __metadata__", metadata, "texts by name, as the format has it")
     return fields, 8 + length, size
 
 
@@ -159,11 +172,11 @@ def _tensors(
     for name, entry in fields.items():
         if name == "__metadata__":
             continue
-        dtype, shape, (start, stop) = _entry(path, name, entry)
+        dtype, shape, (start, stop) = _entry(f"{path}: {name:.200}", entry)
         bits = math.prod(shape) * _BITS[dtype]
         if stop - start != -(-bits // 8):
             raise TPCheckError(
-                f"{path}: {name}: {dtype}{list(shape)} is {-(-bits // 8)} bytes, but its"
+                f"{path}: {name:.200}: {dtype}{list(shape)} is {-(-bits // 8)} bytes, but its"
                 f" data_offsets {[start, stop]} hold {stop - start}"
             )
         found[name] = Header(path.name, dtype, shape, begin + start)
@@ -172,8 +185,8 @@ def _tensors(
     for start, stop, name in sorted(ends):
         if start != at:
             raise TPCheckError(
-                f"{path}: {name}: begins at byte {start}, but should at {at}: tensors overlap or"
-                " leave a hole"
+                f"{path}: {name:.200}: begins at byte {start}, but should at {at}: tensors overlap"
+                " or leave a hole"
             )
         at = stop
     if at != data_bytes:
@@ -184,23 +197,20 @@ def _tensors(
     return found
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+def _entry(where: str, entry: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise TPCheckError(
-            f"{path}: {name}: dtype={dtype!r}, but should be one of {', '.join(_BITS)}"
-        )
-    if not _are_counts(shape):
-        raise TPCheckError(f"{path}: {name}: shape={shape!r}, but should be a list of sizes")
+        refuse(f"{where}: dtype", dtype, f"one of {', '.join(_BITS)}")
+    if not _are_counts(shape) or len(shape) > _MAX_DIMS:
+        refuse(f"{where}: shape", shape, "a list of sizes")
     if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise TPCheckError(
-            f"{path}: {name}: data_offsets={offsets!r}, but should be where its bytes begin and end"
-        )
+        refuse(f"{where}: data_offsets", offsets, "where its bytes begin and end")
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
 def _are_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(
-        isinstance(value, int) and not isinstance(value, bool) and value >= 0 for value in values
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _SIZES
+        for value in values
     )

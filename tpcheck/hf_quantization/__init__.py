@@ -12,6 +12,7 @@ from tpcheck.hf_fields import Config
 from tpcheck.hf_quantization.compressed_tensors import KNOWN, read_compressed_tensors
 from tpcheck.hf_quantization.fields import CONFIG, refuse_unknown, refused
 from tpcheck.hf_quantization.methods import METHODS
+from tpcheck.json_reader import brief
 from tpcheck.quantization import Quantization
 
 __all__ = ["read_quantization"]
@@ -35,7 +36,7 @@ def read_quantization(config: Config) -> Quantization | None:
     if fields is None:
         return None
     if not isinstance(fields, dict):
-        raise PlanError(f"config: {CONFIG}={fields!r}, but should be an object of fields")
+        raise PlanError(f"config: {CONFIG}={brief(fields)}, but should be an object of fields")
     method = fields.get("quant_method")
     if not isinstance(method, str) or method not in _READERS:
         raise refused("quant_method", method, f"one of {', '.join(_READERS)}")

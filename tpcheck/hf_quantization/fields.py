@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 from tpcheck.errors import PlanError
 from tpcheck.hf_fields import Config
+from tpcheck.json_reader import brief
 
 CONFIG = "quantization_config"
 STATIC = ": the reference decoder computes the scales of activations as they come"
@@ -14,7 +16,7 @@ STATIC = ": the reference decoder computes the scales of activations as they com
 
 def refused(name: str, value: object, expected: str, why: str = "") -> PlanError:
     """Return the error that a field should be something else."""
-    return PlanError(f"config: {CONFIG}.{name}={value!r}, but should be {expected}{why}")
+    return PlanError(f"config: {CONFIG}.{name}={brief(value)}, but should be {expected}{why}")
 
 
 def refuse_unless(fields: Config, name: str, *neutral: object, why: str = "") -> None:
@@ -48,7 +50,9 @@ def group_size(fields: Config) -> int:
 def block(name: str, value: Any) -> tuple[int, int]:
     """Return the rows and columns of a block, given as [128, 128] or as 128x128."""
     if isinstance(value, str):
-        value = [int(size) if size.isdigit() else size for size in value.split("x")]
+        value = [
+            int(size) if re.fullmatch(r"[0-9]{1,9}", size) else size for size in value.split("x")
+        ]
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise refused(name, value, "two whole numbers of at least 1")
     return count(name, value[0]), count(name, value[1])

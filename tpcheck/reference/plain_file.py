@@ -46,6 +46,8 @@ class PlainFile:
             self._descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
             raise SubjectError(f"{path}: cannot be read: {error.strerror}") from error
+        except ValueError as error:  # a zero byte in the path
+            raise SubjectError(f"{str(path)!r}: cannot be read: {error}") from error
         weakref.finalize(self, os.close, self._descriptor)
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             raise SubjectError(f"{path}: is no regular file, but should be one")

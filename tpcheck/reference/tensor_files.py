@@ -7,6 +7,8 @@ memory once; a cut through every row is taken from the mapped file.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from tpcheck.errors import SubjectError, TPCheckError
-from tpcheck.files import read_json
+from tpcheck.files import is_file, read_json
 from tpcheck.hf_config import describe_directory
+from tpcheck.json_reader import brief
 from tpcheck.reference.plain_file import PlainFile
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -42,16 +45,19 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape. Reads the file's header only."""
-        return tuple(self._open(self._file(name)).get_slice(name).get_shape())
+        with self._reading(name) as file:
+            return tuple(self._open(file).get_slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """Return a tensor's dtype as safetensors spells it: "F8_E4M3". Reads the header only."""
-        return str(self._open(self._file(name)).get_slice(name).get_dtype())
+        with self._reading(name) as file:
+            return str(self._open(file).get_slice(name).get_dtype())
 
     def whole(self, name: str) -> torch.Tensor:
         """Return all of a small tensor."""
-        tensor: torch.Tensor = self._open(self._file(name)).get_tensor(name)
-        return tensor.clone()
+        with self._reading(name) as file:
+            tensor: torch.Tensor = self._open(file).get_tensor(name)
+            return tensor.clone()
 
     def slice(
         self, name: str, dim: int, start: int, stop: int, index: int | None = None
@@ -69,6 +75,12 @@ class Checkpoint:
         plain = self._plain[file].slice(name, dim, start, stop, index)
         if plain is not None:
             return plain
+        with self._reading(name):
+            return self._mapped(file, name, dim, start, stop, index)
+
+    def _mapped(
+        self, file: str, name: str, dim: int, start: int, stop: int, index: int | None
+    ) -> torch.Tensor:
         whole = self._open(file).get_slice(name)
         stack = () if index is None else (index,)
         if start == stop:  # safetensors refuses empty slices
@@ -79,6 +91,15 @@ class Checkpoint:
         # A view of the mapped file: copied, so that the weights outlive the file and its mapping.
         part: torch.Tensor = whole[(*stack, *[slice(None)] * dim, slice(start, stop))]
         return part.clone(memory_format=torch.contiguous_format)
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[str]:
+        """Yield a tensor's file; what the library says of a dtype it cannot hold names both."""
+        file = self._file(name)
+        try:
+            yield file
+        except SafetensorError as error:
+            raise SubjectError(f"{self.directory / file}: {brief(name)}: {error!s:.300}") from error
 
     def _file(self, name: str) -> str:
         if name not in self._files:
@@ -107,15 +128,15 @@ class Checkpoint:
             raise SubjectError(f"{path}: weight_map should say the file of each tensor")
         held: dict[str, set[str]] = {}
         for file in sorted(set(files.values())):
-            if Path(file).name != file or not (self.directory / file).is_file():
+            if Path(file).name != file or not is_file(self.directory / file):
                 raise SubjectError(
-                    f"{path}: names {file!r}, which is not there;"
+                    f"{path}: names {brief(file)}, which is not there;"
                     f" {describe_directory(self.directory)}"
                 )
             held[file] = set(self._open(file).keys())
         for name, file in files.items():
             if name not in held[file]:
-                raise SubjectError(f"{path}: says that {file} holds {name!r}, but it does not")
+                raise SubjectError(f"{path}: says that {file} holds {brief(name)}, but it does not")
         return files
 
     def _open(self, file: str) -> Any:
@@ -124,5 +145,7 @@ class Checkpoint:
                 path = str(self.directory / file)
                 self._handles[file] = safe_open(path, framework="pt", device="cpu")
             except (SafetensorError, OSError) as error:
-                raise SubjectError(f"{self.directory / file}: cannot be read: {error}") from error
+                raise SubjectError(
+                    f"{self.directory / file}: cannot be read: {error!s:.300}"
+                ) from error
         return self._handles[file]
