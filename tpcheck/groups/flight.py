@@ -126,9 +126,12 @@ def subject_part(stack: str) -> str:
 
 
 def innermost_frame(stack: str) -> str:
-    """Return the innermost call of a faulthandler dump as `forward (model.py:12)`, or ""."""
-    current = stack[max(stack.find("Current thread"), 0) :]
-    match = re.search(r'File "([^"]*)", line (\d+) in (\S+)', current)
+    """Return the innermost call of a faulthandler dump as `forward (model.py:12)`, or "".
+
+    It is that of the current thread; a dump that has not come to it says nothing yet.
+    """
+    _, found, current = stack.partition("Current thread")
+    match = re.search(r'File "([^"]*)", line (\d+) in (\S+)', current) if found else None
     if match is None:
         return ""
     file, line, function = match.groups()

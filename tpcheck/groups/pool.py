@@ -24,6 +24,7 @@ from types import TracebackType
 from tpcheck.errors import BackendError, SubjectError
 from tpcheck.groups import wire
 from tpcheck.groups.fleet import Fleet, Link, LocalFleet
+from tpcheck.groups.flight import innermost_frame
 from tpcheck.groups.jobs import Job, JobResult
 from tpcheck.groups.nccl import gpu_layout, launch_environment, visible_gpu_count
 from tpcheck.groups.watch import NO_STACK, Watch
@@ -37,7 +38,8 @@ PRELOAD = (
 """What the zygote imports before it forks; what cannot be imported is left out."""
 
 _TICK_S = 0.1
-_STACK_S = 0.5
+_STACK_S = 2.0
+"""How long ranks may take to write their stacks: more ranks than cores take turns."""
 _MOST_GROUPS = 8
 """Process groups a job may leave behind before its ranks get a new world (each has sockets)."""
 
@@ -232,7 +234,8 @@ class RankPool:
             time.sleep(0.05)
             self._fleet.pump()
             stacks = {rank: watch.links[rank].stack() for rank in pending}
-            if all(stacks.values()) and stacks == before:
+            # a dump is written thread by thread: what names no frame yet is not all there
+            if all(map(innermost_frame, stacks.values())) and stacks == before:
                 break
             before = stacks
         for rank in pending:

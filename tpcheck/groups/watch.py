@@ -64,9 +64,9 @@ class Watch:
         if reply.job != self.number:
             return
         self.replies[rank] = reply
-        if reply.kind == "returned":
-            self._seen[rank] = (self.links[rank].flight(), now)
-        else:
+        # what was seen before it answered, it is in no more
+        self._seen[rank] = (self.links[rank].flight(), now)
+        if reply.kind != "returned":
             self._fail(rank, now)
 
     def bury(self, rank: int, death: str, now: float) -> None:
