@@ -46,9 +46,10 @@ class FaultResult:
     expected: the check that has to catch it. caught_by: the checks that failed in every cell, and
     first_stage the first of them. cases_needed: until the expected check failed, at worst; None
     where it missed one of the cells, which are in `missed`. tp_sizes: the degrees it was planted
-    at. drift: per dtype those at which drift alone saw it. drift_missed: dtypes in which drift has
-    to see it at every degree and did not. casts: degrees at which float64 with float32 casts in it
-    showed it. reason: why drift alone does not see it everywhere.
+    at; none where it needs a wider one than was asked for, which `reason` says. drift: per dtype
+    those at which drift alone saw it. drift_missed: dtypes in which drift has to see it at every
+    degree and did not. casts: degrees at which float64 with float32 casts in it showed it. reason:
+    why drift alone does not see it everywhere.
     """
 
     fault: str
@@ -95,8 +96,9 @@ class FaultMatrix:
 
     @property
     def passed(self) -> bool:
-        """True when no fault survived and no check is idle."""
-        return not self.idle_checks and not any(one.survived for one in self.results)
+        """True when some fault was planted, none survived and no check is idle."""
+        planted = any(one.tp_sizes for one in self.results)
+        return planted and not self.idle_checks and not any(one.survived for one in self.results)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `tpcheck selfcheck --json` writes."""
@@ -173,6 +175,8 @@ def _planted(
     casts: bool,
 ) -> _Row:
     degrees = [size for size in tp_sizes if size >= fault.min_tp]
+    if not degrees:
+        return _Row(fault, (), ())
     shown = [one for one in dtypes if one in fault.dtypes] if fault.dtypes else list(dtypes)
     shown = shown or list(fault.dtypes)
     bench = FaultBench(fault, ranks, degrees, seed=seed)
@@ -209,7 +213,7 @@ def _result(row: _Row) -> FaultResult:
             dtype for dtype, seen in drift.items() if fault.drift_sees(dtype) and seen != degrees
         ),
         casts=tuple(cell.tp_size for cell in row.casts if cell.cases is not None),
-        reason=fault.reason or None,
+        reason=(fault.reason or None) if cells else f"not planted: needs tp >= {fault.min_tp}",
     )
 
 
@@ -228,5 +232,5 @@ def _tiers(rows: Sequence[_Row]) -> Iterator[Tier]:
 
 def _idle(results: Sequence[FaultResult]) -> tuple[str, ...]:
     """Return the checks that catch no fault of those that name them."""
-    busy = {one.expected for one in results if not one.missed}
+    busy = {one.expected for one in results if one.tp_sizes and not one.missed}
     return tuple(check for check in CHECK_NAMES if check not in busy | {"allclose"})

@@ -25,6 +25,7 @@ from tpcheck.fault_matrix import MAX_CASES, STAGES, TP_SIZES, FaultMatrix, Fault
 from tpcheck.faults import FAULTS, Fault
 from tpcheck.faults.planting import full_weight, reduce_with
 from tpcheck.records import CHECK_NAMES, FAIL
+from tpcheck.render.selfcheck import render_selfcheck
 from tpcheck.shard_plan import legal_tp_sizes
 
 torch.set_num_threads(1)
@@ -152,6 +153,19 @@ def test_results_come_in_the_order_of_the_faults_with_progress():
     found = selfcheck((2,), faults=names, progress=lambda *step: seen.append(step))
     assert [result.fault for result in found.results] == names
     assert seen == [(0, 2, "wrong_shard_dim"), (1, 2, "extra_collective"), (2, 2, "done")]
+
+
+def test_a_fault_that_needs_more_ranks_is_left_out_and_proves_nothing():
+    matrix = selfcheck((2,), faults=["summed_by_arrival", "extra_collective"], casts=False)
+    left, caught = matrix.results
+    assert (left.tp_sizes, left.caught_by, left.cases_needed) == ((), (), None)
+    assert left.reason == "not planted: needs tp >= 3"
+    assert not left.survived
+    assert caught.caught_by == ("schedule",)
+    text = render_selfcheck(matrix.to_json())
+    assert text.startswith("PASS: 1 of 1 planted faults are caught\n")
+    assert "summed_by_arrival: not planted: needs tp >= 3" in text
+    assert not selfcheck((2,), faults=["summed_by_arrival"], casts=False).passed
 
 
 def test_a_fault_that_does_nothing_survives(monkeypatch):

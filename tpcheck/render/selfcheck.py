@@ -18,12 +18,14 @@ COLUMNS = ("fault", "thread", "caught by", "first stage", "cases")
 
 def render_selfcheck(matrix: Mapping[str, Any]) -> str:
     """Return the verdict on the first line, the rates, and one row per fault, survivors first."""
-    faults = sorted(matrix["faults"], key=lambda fault: not fault["survived"])
+    planted = [fault for fault in matrix["faults"] if fault["tp_sizes"]]
+    faults = sorted(planted, key=lambda fault: not fault["survived"])
+    left = [f"  {one['fault']}: {one['reason']}" for one in matrix["faults"] if not one["tp_sizes"]]
     dtypes = list(dict.fromkeys(dtype for fault in faults for dtype in fault["drift"]))
     headers = (*COLUMNS, *(f"drift in {dtype}" for dtype in dtypes), "why drift alone misses it")
     rows = [_row(fault, dtypes) for fault in faults]
     table = tabulate(rows, headers=headers, disable_numparse=True)
-    lines = [_head(faults, matrix["idle_checks"]), "", *map(_tier, matrix["tiers"]), ""]
+    lines = [_head(faults, matrix["idle_checks"]), "", *map(_tier, matrix["tiers"]), *left, ""]
     return "\n".join([*lines, *(line.rstrip() for line in table.splitlines())])
 
 
