@@ -14,14 +14,14 @@ HIDDEN = int(os.environ.get("BENCH_HIDDEN", "256"))
 WIDE = "BENCH_WIDE" in os.environ
 """64 heads and an FFN that 64 divides, for how simulation grows with the degree."""
 FFN = 704 if WIDE else {256: 688, 64: 176}[HIDDEN]
-VOCAB, TOKENS, LAYERS, HEADS = 512, 32, 2, 64 if WIDE else 8
+VOCAB, SEQ_LEN, LAYERS, HEADS = 512, 16, 2, 64 if WIDE else 8
 
 
 def norm(x):
     return functional.rms_norm(x, x.shape[-1:])
 
 
-@tpcheck.subject(vocab_size=VOCAB, seq_len=TOKENS, sweep=False)
+@tpcheck.subject(vocab_size=VOCAB, seq_len=SEQ_LEN, sweep=False)
 def build(tp):
     def column(name, rows):
         return tp.weight(name, rows, HIDDEN).chunk(tp.size, 0)[tp.rank]

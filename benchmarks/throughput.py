@@ -2,11 +2,13 @@
 
     python benchmarks/throughput.py --json benchmarks/results/throughput.json
 
-One case is one TP=1 and one TP=N build, forward and comparison of benchmarks/subject.py.
+One case is one TP=1 and one TP=N build, forward and comparison of benchmarks/subject.py, 32 tokens
+in two rows.
 Every way is measured in this one run, so that ratios hold on a machine whose speed drifts. `limit`
 is twice the TP=1 forward on one core and nothing else: no harness can be faster; `gloo limit` is
 the case's four all-reduces over the pool's own ranks and nothing else: no pool can be. `cold` cases
-have a new seed each, so that weights are drawn; `cached` ones share a seed.
+have a new seed each, so that weights are drawn; `cached` ones share a seed. Simulated ranks take
+one core: `every core` is as many such processes as there are cores, as under `pytest -n`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from subject import HIDDEN, TOKENS, WIDE
+from subject import HIDDEN, SEQ_LEN, WIDE
 
 from tpcheck import environment
 from tpcheck.comparison import compare
@@ -72,6 +74,19 @@ def per_second(case: Callable[[int], None], seconds: float) -> float:
     return done / (time.perf_counter() - start)
 
 
+def every_core(tp_size: int, seconds: float) -> float:
+    """Return the simulated cases per second of one process per core, all at once."""
+    cores = len(os.sched_getaffinity(0))
+    context = multiprocessing.get_context("fork")
+    with context.Pool(cores, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return sum(pool.starmap(_one_core, [(tp_size, seconds)] * cores, chunksize=1))
+
+
+def _one_core(tp_size: int, seconds: float) -> float:
+    ranks = SimulatedRanks()
+    return per_second(lambda _: run_case(ranks, tp_size, 0), seconds)
+
+
 def limit() -> float:
     """Return 1 / (2 x TP=1 forward): no build, no comparison, no ranks."""
     result = SimulatedRanks().run([Job("throughput:forward_seconds", None, 1)])[0]
@@ -103,7 +118,7 @@ def reduce_seconds(world: World, _payload: None) -> float:
     """Return the median time of four all-reduces of the case's size. Runs as a job."""
     dtype = getattr(torch, DTYPE)
     process_group = world.group(seed=0, dtype=dtype, weight_dtype=dtype).process_group
-    x, times = torch.zeros(2, TOKENS, HIDDEN, dtype=dtype), []
+    x, times = torch.zeros(2, SEQ_LEN, HIDDEN, dtype=dtype), []
     for _ in range(20):
         start = time.perf_counter()
         for _ in range(4):
@@ -154,6 +169,7 @@ def measure(tp_size: int, seconds: float) -> dict[str, float]:
         "limit": limit(),
         "sim cached": per_second(lambda _: run_case(simulated, tp_size, 0), seconds),
         "sim cold": per_second(lambda seed: run_case(simulated, tp_size, seed), seconds),
+        "sim cached, every core": every_core(tp_size, seconds),
     }
     if WIDE:
         return ways

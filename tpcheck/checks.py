@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from tpcheck.comparison import (
-    as_float64,
     compare,
     describe_region,
+    error_count,
     mask_difference,
     pooled_rms,
     scientific,
@@ -28,7 +28,7 @@ from tpcheck.conduct import rank_agreement, repeatability, schedule, tiling
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence
 from tpcheck.execution import AGAIN
-from tpcheck.numerics.drift import effective_count, floored, ratio_limit
+from tpcheck.numerics.drift import floored, ratio_limit
 from tpcheck.numerics.tolerance import derived_tolerance, structural_limit
 from tpcheck.numerics.ulp import eps
 from tpcheck.records import FAIL, PASS, SKIPPED, Check, Comparison
@@ -98,7 +98,8 @@ def drift(evidence: Evidence) -> Check:
             "routing_margin": evidence.routing_margin,
         }
     actual, reference = evidence.deployed[0].outputs, _reference(evidence)
-    pairs = [(actual[key], reference[key]) for key in _common(actual, reference)]
+    keys = [key for key in _common(actual, reference) if key not in evidence.flipped]
+    pairs = [(actual[key], reference[key]) for key in keys]
     if any(got.shape != want.shape for got, want in pairs):
         return Check(SKIPPED, "TP=N and TP=1 return different shapes", facts)
     if pairs and not any(_rounds(got) for got, _ in pairs):
@@ -271,16 +272,8 @@ def _base_error(evidence: Evidence, magnitude: float) -> float:
 def _error_count(evidence: Evidence) -> float:
     """Return how many independent errors TP=1's own error rests on; a bug cannot move it."""
     base, reference = evidence.base.outputs, _reference(evidence)
-    second = fourth = 0.0
-    count = 0
-    for key in _common(base, reference):
-        if base[key].shape == reference[key].shape:
-            error = (as_float64(base[key]) - as_float64(reference[key])).nan_to_num(0.0, 0.0, 0.0)
-            peak = max(float(error.abs().max()) if error.numel() else 0.0, 1e-300)
-            second += float((error / peak).square().sum()) * peak**2
-            fourth += float((error / peak).square().square().sum()) * peak**4
-            count += error.numel()
-    return effective_count(second, fourth, count)
+    pairs = [(base[key], reference[key]) for key in _common(base, reference)]
+    return error_count([(got, want) for got, want in pairs if got.shape == want.shape])
 
 
 def _mask_reason(actual: Trace, expected: Trace, key: str) -> str:

@@ -8,11 +8,12 @@ smallest tolerance that would have passed.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
 from tpcheck.errors import SubjectError
+from tpcheck.numerics.drift import effective_count
 from tpcheck.numerics.ulp import in_ulp
 from tpcheck.records import Comparison
 
@@ -86,6 +87,20 @@ def pooled_rms(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> tuple[floa
         wanted += float(torch.where(finite, want, 0.0).square().sum())
         count += int(finite.sum())
     return math.sqrt(squares / max(count, 1)), math.sqrt(wanted / max(count, 1)), count
+
+
+def error_count(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """Return how many independent errors actual - expected comes to over all pairs together.
+
+    Source: `effective_count`.
+    """
+    errors = [(as_float64(a) - as_float64(e)).nan_to_num(0.0, 0.0, 0.0) for a, e in pairs]
+    peak = max((float(error.abs().max()) for error in errors if error.numel()), default=0.0) or 1.0
+    # In units of the largest: its fourth power may be beyond all floats.
+    squares = [(error / peak).square() for error in errors]
+    second = sum(float(square.sum()) for square in squares)
+    fourth = sum(float(square.square().sum()) for square in squares)
+    return effective_count(second, fourth, sum(error.numel() for error in errors))
 
 
 def sliced_relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

@@ -37,6 +37,7 @@ class Evidence:
     oracle: TP=1 in the widest dtype; exact: TP=N in it. base, deployed: the same in the deployed
     dtype, with routing pinned to the oracle's where the subject picks by top-k. elsewhere: TP=N and
     TP=1 in the oracle's dtype on other weights, where at these a value lies between two codes.
+    flipped: the outputs that drift leaves out, because in TP=N's run of them one does.
     """
 
     dtype: str
@@ -57,6 +58,7 @@ class Evidence:
     routing_margin: float | None = None
     routing_pinned: bool = False
     elsewhere: tuple[Trace, Trace] | None = None
+    flipped: frozenset[str] = frozenset()
 
     @property
     def exact_pair(self) -> tuple[Trace, Trace]:

@@ -20,7 +20,7 @@ import torch
 
 from tpcheck import environment
 from tpcheck.case_runs import CaseRuns
-from tpcheck.comparison import as_float64, pooled_rms
+from tpcheck.comparison import error_count, pooled_rms
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence
 from tpcheck.execution import AGAIN, digest
@@ -40,7 +40,6 @@ from tpcheck.golden.tensors import pack
 from tpcheck.groups.jobs import Job, JobFailed, Ranks
 from tpcheck.inputs import Inputs, make_inputs
 from tpcheck.model_digest import ModelDigest
-from tpcheck.numerics.drift import effective_count
 from tpcheck.numerics.ulp import eps
 from tpcheck.reference.streaming import Progress, stream_many
 from tpcheck.spec import Case
@@ -328,20 +327,8 @@ def _bounded(value: float) -> float:
 
 def _error_count(alone: Alone) -> float:
     """Return how many independent errors TP=1's own error rests on, from whole logits."""
-    pieces: list[tuple[float, torch.Tensor]] = []
-    largest, count = 0.0, 0
-    for key, deployed in alone.deployed.items():
-        if alone.oracle is not None:
-            wide = as_float64(alone.oracle[key])
-            error = (as_float64(deployed) - wide).nan_to_num(0.0, 0.0, 0.0)
-            peak = max(float(error.abs().max()) if error.numel() else 0.0, 1e-300)
-            largest = max(largest, peak)
-            pieces.append((peak, error / peak))
-        count += deployed.numel()
-    # in units of the largest error: its fourth power may be beyond all floats
-    second = sum(float((e * (p / largest)).square().sum()) for p, e in pieces)
-    fourth = sum(float((e * (p / largest)).square().square().sum()) for p, e in pieces)
-    return effective_count(second, fourth, count)
+    expected = alone.deployed if alone.oracle is None else alone.oracle
+    return error_count([(logits, expected[key]) for key, logits in alone.deployed.items()])
 
 
 def _with_data_file(golden: Golden) -> Golden:

@@ -10,6 +10,9 @@ import torch
 import tpcheck
 from tests.real.quantized_subjects import VOCAB, on_codes, subject
 from tpcheck.evidence import without_flips
+from tpcheck.quantization import Quantization
+from tpcheck.reference.decoder import build_decoder
+from tpcheck.spec import ModelSpec, RopeScaling
 from tpcheck.trace import Trace
 
 KINDS = ["fp8", "int8"]
@@ -60,6 +63,35 @@ def test_a_seed_with_a_value_between_two_codes_passes():
     for seed in range(8):
         report = tpcheck.run(subject("fp8", wire="float32"), (8,), backend="sim", seed=seed)
         assert report.outcome == "PASS", (seed, report.verdicts[0].reasons)
+
+
+CACHED = ModelSpec(
+    vocab_size=19,
+    hidden_size=48,
+    intermediate_size=114,
+    num_hidden_layers=2,
+    num_attention_heads=9,
+    head_dim=14,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=RopeScaling("linear", factor=2.0),
+    max_position_embeddings=64,
+    attention_out_bias=True,
+    qk_norm="across_heads",
+    swiglu_limit=0.5,
+    tie_word_embeddings=True,
+    quantization=Quantization("fp8", group_size=2, kv_cache="tensor", skip=("o_proj",)),
+)
+"""Where it was found one cached value flips at TP=3 in float32, which was 12 times TP=1's error."""
+
+
+def test_a_cached_value_between_two_codes_is_no_drift():
+    @tpcheck.subject(spec=CACHED, seq_len=3)
+    def build(tp):
+        return build_decoder(CACHED, tp)
+
+    report = tpcheck.run(build, (3,), backend="sim", dtypes=("float32",), seq_len=3, seed=145)
+    assert report.outcome == "PASS", report.verdicts[0].reasons
 
 
 def test_tokens_that_flipped_are_left_out_unless_most_did():

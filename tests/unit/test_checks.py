@@ -8,6 +8,7 @@ import torch
 
 from tests.judging import at, calls, evidence, failed, ranks, trace, values, without_oracle
 from tpcheck.checks import CHECKS, allclose, decode, drift, run_checks, structural
+from tpcheck.comparison import error_count
 from tpcheck.conduct import rank_agreement, repeatability, schedule, tiling
 from tpcheck.evidence import NoiseFloor
 from tpcheck.execution import AGAIN
@@ -474,3 +475,12 @@ def test_only_a_gpu_may_not_repeat_and_only_what_tp1_does_not_repeat(device, rep
     alone = trace(0, {"A": first, AGAIN: first if repeats else again}, facts=facts)
     check = repeatability(replace(evidence(), base=alone, deployed=moved))
     assert check.outcome == outcome
+
+
+def test_errors_whose_fourth_power_is_beyond_all_floats_are_counted():
+    oracle = values(4, 64)
+    base = oracle * (1 + values(4, 64, seed=1) / 1000)
+    counts = [error_count([(base * scale, oracle * scale)]) for scale in (1.0, 1e100, 1e-100)]
+    assert counts[0] == pytest.approx(counts[1]) == pytest.approx(counts[2])
+    assert 64 < counts[0] < 256
+    assert error_count([(oracle, oracle)]) == 256
