@@ -12,7 +12,7 @@ PATH = Path(__file__).parents[1] / "data" / "model_configs.json"
 MODELS: list[dict[str, Any]] = json.loads(PATH.read_text(encoding="utf-8"))
 DEFAULTS = [one for one in MODELS if one["source"].startswith("transformers")]
 UNCHECKED = {
-    *("opt-30b", "gpt-oss-20b", "StarCoder2-7B", "StarCoder2-15B", "MiniCPM-2B"),
+    *("opt-30b", "StarCoder2-7B", "StarCoder2-15B", "MiniCPM-2B"),
     "InternVL-Chat-V1-5",
 }
 """For these no public source was found that says every field."""
