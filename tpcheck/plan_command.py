@@ -117,7 +117,8 @@ def _need_heads(config: Mapping[str, Any], where: str) -> None:
         PlanError: names the field, and what takes a fragment.
     """
     decoders = [facts for _, facts in read_parts(config) if facts.role == "text"]
-    if not any(facts.num_attention_heads for facts in decoders):
+    # a model of state-space layers alone has a width and no attention
+    if not any(facts.num_attention_heads or facts.mamba_intermediate_size for facts in decoders):
         raise PlanError(
             f"{where}: num_attention_heads=None, but should be the number of heads, under this or"
             " another model's name of it (n_head, n_heads, num_heads); tpcheck.plan() takes"

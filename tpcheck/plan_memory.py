@@ -192,11 +192,12 @@ def sparse_layers(facts: Facts, fields: Config) -> tuple[int, ...]:
     layers = _layers(facts, fields) or 0
     if not facts.num_experts:
         return ()
-    first = _number(fields, "first_k_dense_replace")
-    every = _number(fields, "decoder_sparse_step") or _number(fields, "moe_layer_freq") or 1
+    first = _number(fields, "first_k_dense_replace") or _number(fields, "moe_layer_start_index")
+    spelled = ("decoder_sparse_step", "moe_layer_freq", "moe_layer_interval")
+    every = next(filter(None, (_number(fields, name) for name in spelled)), 1)
     listed = fields.get("mlp_only_layers")
     dense = listed if isinstance(listed, (list, tuple)) else ()
-    shift = 1 if fields.get("decoder_sparse_step") else 0
+    shift = 1 if any(fields.get(name) for name in spelled if name != "moe_layer_freq") else 0
     return tuple(
         layer
         for layer in range(layers)
@@ -299,13 +300,14 @@ def _attention(
     heads, head_dim = _known(facts.num_attention_heads), _known(facts.head_dim)
     values = facts.v_head_dim or head_dim
     padded = _said(sizes, "attention", "heads") or _said(sizes, "heads", "padded_heads")
-    query = _Sides(heads, head_dim, split=True, padded=padded)
+    split = not sizes.get("whole_attention")
+    query = _Sides(heads, head_dim, split=split, padded=padded)
     out = query._replace(width=values)
     yield _Weight("self_attn.o_proj", hidden, out, layers)
     if not facts.uses_mla:
         held = _said(sizes, "attention", "kv_heads")
         keys = _Sides(
-            facts.num_key_value_heads or heads, head_dim, split=True, padded=held, copied=True
+            facts.num_key_value_heads or heads, head_dim, split=split, padded=held, copied=True
         )
         yield _Weight("self_attn.q_proj", query, hidden, layers)
         yield _Weight("self_attn.k_proj", keys, hidden, layers)

@@ -75,9 +75,9 @@ CT_TEXT = (
     " that are not a whole number of quant groups. Consider reducing tensor_parallel_size."
 )
 CT_MOE_TEXT = (
-    "requires the MoE intermediate size per tensor-parallel partition ({}) to be divisible by"
-    " group_size ({}). Scale groups would otherwise cross TP shard boundaries; use a compatible TP"
-    " size or enable expert parallelism."
+    "CompressedTensors WNA16 MoE with static group scales requires the MoE intermediate size per"
+    " tensor-parallel partition ({}) to be divisible by group_size ({}). Scale groups would"
+    " otherwise cross TP shard boundaries; use a compatible TP size or enable expert parallelism."
 )
 
 VLLM_GROUPS = [

@@ -26,6 +26,14 @@ def kv_answer(kv: int, tp: int, **_: Any) -> Answer:
     return ("replicate", None) if tp % kv == 0 else ("error", "")
 
 
+def gpt_oss_kv_answer(kv: int, tp: int) -> Answer:
+    """QKVParallelLinear divides first; only a number that it takes gets as far as the modulo."""
+    larger, smaller = max(kv, tp), min(kv, tp)
+    if larger % smaller:
+        return "error", f"{larger} is not divisible by {smaller}"
+    return refused(kv < tp, "integer modulo by zero")
+
+
 def vocab_answer(vocab: int, tp: int) -> Answer:
     padded = ceil(vocab, 64) * 64
     if padded % tp:
@@ -130,7 +138,7 @@ VLLM = [
         "vllm.gpt_oss_kv",
         "vllm",
         lambda kv, tp: {"model_type": "gpt_oss", "num_key_value_heads": kv},
-        lambda kv, tp: refused(kv % tp, "integer modulo by zero" if kv < tp else ""),
+        gpt_oss_kv_answer,
         kv=range(1, 17),
     ),
     restated(

@@ -73,9 +73,11 @@ class Engine:
     """An engine: the version read, its rules in its own order, and the sizes each rank gets.
 
     `sizes` holds (area, facts needed, function). `splits_towers` is False where vision and audio
-    towers stay whole on every rank. `legal`, where given, knows the legal degrees up to a bound
+    towers stay whole on every rank, `whole_towers` are the model types of those that do although
+    others are split. `legal`, where given, knows the legal degrees up to a bound
     without asking the rules one by one; `unknown_format` whether nothing is known of how this
-    engine takes a quantization method.
+    engine takes a quantization method; `unknown_model` what to say of a model whose code in this
+    engine was not read.
     """
 
     name: str
@@ -83,8 +85,15 @@ class Engine:
     rules: tuple[Rule, ...]
     sizes: tuple[tuple[str, tuple[str, ...], Size], ...] = ()
     splits_towers: bool = True
+    whole_towers: frozenset[str] = frozenset()
     legal: Callable[[Facts, int], frozenset[int]] | None = None
     unknown_format: Callable[[str], bool] | None = None
+    unknown_model: Callable[[Facts], str | None] | None = None
+
+    def keeps_whole(self, facts: Facts) -> bool:
+        """Whether a part is a tower that no rank has less than all of."""
+        whole = not self.splits_towers or facts.model_type in self.whole_towers
+        return facts.role == "tower" and whole
 
 
 def divisible(

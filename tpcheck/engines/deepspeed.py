@@ -41,10 +41,17 @@ def _by_kv_heads(total: int, kv_heads: int, tp_size: int) -> list[int]:
 
 
 def _by_grain(total: int, grain: int, tp_size: int) -> list[int]:
+    if total < grain:
+        return [total // tp_size + (rank < total % tp_size) for rank in range(tp_size)]
     grains = total // grain
     sizes = [(grains // tp_size + (rank < grains % tp_size)) * grain for rank in range(tp_size)]
     sizes[-1] += total % grain
     return sizes
+
+
+_UNNAMED_MLP = ("opt",)
+"""Model types whose MLP is fc1 and fc2 of the layer itself: AutoTP knows an MLP by its name, and
+takes any other weight for attention's."""
 
 
 def _layers(facts: Facts, tp_size: int) -> dict[str, list[int]]:
@@ -65,7 +72,12 @@ def _layers(facts: Facts, tp_size: int) -> dict[str, list[int]]:
         ("mlp.experts", facts.moe_intermediate_size),
     ):
         if width and facts.tensor in (None, "gate_up_proj", "down_proj", "experts"):
-            found[name] = _by_grain(width, grain, tp_size)
+            by_heads = facts.model_type in _UNNAMED_MLP and kv_heads and width % kv_heads == 0
+            found[name] = (
+                _by_kv_heads(width, kv_heads, tp_size)
+                if by_heads and kv_heads
+                else _by_grain(width, grain, tp_size)
+            )
     head = facts.hidden_size if facts.num_attention_heads or facts.vocab_size is None else None
     head = head or facts.vocab_size
     if head and facts.vocab_size and facts.tensor in (None, "lm_head"):

@@ -18,6 +18,27 @@ from tpcheck.engines.formats import Formats, names, reading
 _NO_TP = frozenset(
     "afmoe deepseek_v3 lfm2_moe mistral4 nanochat olmo3 olmo_hybrid qwen3_next".split()
 )
+_NO_TP_CLASSES = frozenset(
+    "AfmoeForCausalLM DeepseekV3ForCausalLM Lfm2MoeForCausalLM NanoChatForCausalLM"
+    " Olmo3ForCausalLM OlmoHybridForCausalLM Qwen3NextForCausalLM".split()
+)
+_CLASSES = _NO_TP_CLASSES | frozenset(
+    "ApertusForCausalLM ArceeForCausalLM Cohere2ForCausalLM CohereForCausalLM DeciLMForCausalLM"
+    " DeepseekV4ForCausalLM Dots1ForCausalLM Ernie4_5_ForCausalLM Ernie4_5_MoeForCausalLM"
+    " Exaone4ForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration"
+    " Gemma4ForConditionalGeneration Gemma4UnifiedForConditionalGeneration Glm4ForCausalLM"
+    " Glm4MoeForCausalLM Glm4vForConditionalGeneration Glm4vMoeForConditionalGeneration"
+    " GptOssForCausalLM HCXVisionV2ForCausalLM HYV3ForCausalLM HyperCLOVAXForCausalLM"
+    " IQuestCoderForCausalLM LagunaForCausalLM LlamaForCausalLM MiMoForCausalLM"
+    " MiniMaxM2ForCausalLM Ministral3ForCausalLM Mistral3ForConditionalGeneration"
+    " MistralForCausalLM MixtralForCausalLM NemotronHForCausalLM Phi3ForCausalLM Qwen2ForCausalLM"
+    " Qwen2_5_VLForConditionalGeneration Qwen3ForCausalLM Qwen3MoeForCausalLM"
+    " Qwen3VLForConditionalGeneration Qwen3VLMoeForConditionalGeneration Qwen3_5ForCausalLM"
+    " Qwen3_5ForConditionalGeneration Qwen3_5MoeForCausalLM Qwen3_5MoeForConditionalGeneration"
+    " SeedOssForCausalLM SmolLM3ForCausalLM SolarOpenForCausalLM Step3p5ForCausalLM"
+    " Step3p7ForConditionalGeneration".split()
+)
+"""Every class that it loads; of these, the first have no tensor-parallel path."""
 _GRAIN = 128
 _BYTES = 1 << 12
 """Of storage per channel and matrix: small beside a device, so that it only decides ties."""
@@ -38,8 +59,17 @@ FORMATS = Formats(
 )
 
 
+def _unknown_class(facts: Facts, tp_size: int) -> Finding | None:
+    name = facts.architecture
+    if name is None or name in _CLASSES:
+        return None
+    text = f"Unknown architecture {name} in config.json"
+    return Finding("error", text, text, fix="use an engine that has this class")
+
+
 def _architecture(facts: Facts, tp_size: int) -> Finding | None:
-    if tp_size == 1 or facts.model_type not in _NO_TP:
+    known = facts.model_type in _NO_TP or facts.architecture in _NO_TP_CLASSES
+    if tp_size == 1 or not known:
         return None
     name = facts.architecture or facts.model_type
     text = f"Tensor-parallel is not currently implemented for {name}"
@@ -101,6 +131,13 @@ def _sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
 
 
 RULES = (
+    Rule(
+        "exllamav3.unknown_class",
+        "exllamav3/model/config.py:226-234; architecture/architectures.py",
+        _unknown_class,
+        area="model",
+        role="text",
+    ),
     reading("exllamav3", FORMATS),
     Rule("exllamav3.arch", "exllamav3/model/model.py:430", _architecture, area="model"),
     Rule(

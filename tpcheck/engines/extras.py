@@ -143,7 +143,7 @@ def _of_a_type(
     latent = _count(fields, "kv_lora_rank")
     if facts.uses_mla:
         yield Vector((latent + _count(fields, "q_lora_rank")) * layers)
-    if kind in ("deepseek_v3", "glm4_moe"):
+    if kind in ("deepseek_v3", "glm4_moe", "ernie4_5_moe"):
         yield Vector(experts * sparse)  # e_score_correction_bias
     if kind == "qwen2_moe":
         yield Vector(hidden * sparse)  # shared_expert_gate

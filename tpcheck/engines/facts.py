@@ -82,7 +82,9 @@ class Facts:
     `role` is "text" or "tower". `intermediate_size` is a dense MLP's width and
     `moe_intermediate_size` an expert's; `uses_mla` says that keys and values are compressed, so
     that no rule about KV heads holds; `linear_num_key_heads` and the three beside it are those of
-    layers with linear attention. The fields from `ep_size` on are not a model's but a run's.
+    layers with linear attention, and the three from `mamba_num_heads` on those of state-space
+    layers (the first Mamba has a width and no heads). The fields from `ep_size` on are not a
+    model's but a run's.
     """
 
     role: str = "text"
@@ -103,6 +105,9 @@ class Facts:
     linear_num_value_heads: int | None = None
     linear_key_head_dim: int | None = None
     linear_value_head_dim: int | None = None
+    mamba_num_heads: int | None = None
+    mamba_n_groups: int | None = None
+    mamba_intermediate_size: int | None = None
     uses_mla: bool = False
     gated: bool = True
     tied: bool = False

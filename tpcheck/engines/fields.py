@@ -45,9 +45,11 @@ def _is_count(value: Any) -> bool:
 
 
 _MAY_BE_ZERO = frozenset(
-    "first_k_dense_replace n_shared_experts num_shared_experts qk_nope_head_dim qk_rope_head_dim"
+    "first_k_dense_replace moe_layer_start_index n_shared_experts num_shared_experts"
+    " moe_num_shared_experts num_shared_expert qk_nope_head_dim qk_rope_head_dim"
     " num_experts num_local_experts n_routed_experts moe_intermediate_size num_key_value_heads"
-    " shared_expert_intermediate_size head_dim n_inner v_head_dim".split()
+    " shared_expert_intermediate_size shared_intermediate_size share_expert_dim head_dim n_inner"
+    " v_head_dim".split()
 )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpcheck.engines import gated_delta
+from tpcheck.engines import gated_delta, state_space
 from tpcheck.engines.base import Engine, Finding, Rule, divisible, has_kv_heads, kv_multiple
 from tpcheck.engines.facts import Facts, round_up
 from tpcheck.engines.formats import Formats, reading
@@ -117,6 +117,7 @@ RULES = (
         " ({tp}).",
     ),
     *gated_delta.MEGATRON,
+    *state_space.MEGATRON,
     Rule(
         "megatron.kv_allgather",
         "megatron/core/transformer/attention.py:353-384,1851-1950",

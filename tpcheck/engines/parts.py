@@ -1,6 +1,6 @@
 """The parts of a config: the decoder, and the towers beside it.
 
-Requirement: a vision tower with 25 heads refuses four ranks as much as a decoder would, so every
+Requirement: a vision tower whose heads do not divide refuses a degree as a decoder would, so every
 nested config is read, each with what it inherits from the whole: how weights are stored, and the
 class that loads them.
 """
@@ -48,7 +48,8 @@ def read_parts(config: Config) -> tuple[tuple[str, Facts], ...]:
             inner = read_parts({**inherited, **fields})
             parts += [(f"{name}.{part}" if part else name, facts) for part, facts in inner]
         elif name in _DECODERS:
-            parts.append((name, read_facts({**inherited, **fields}, where=name)))
+            loaded_by = {key: config[key] for key in ("architectures",) if config.get(key)}
+            parts.append((name, read_facts({**inherited, **fields, **loaded_by}, where=name)))
         else:
             tower = {key: value for key, value in fields.items() if key not in _NOT_A_TOWERS}
             parts.append((name, read_facts(tower, role="tower", where=name)))

@@ -16,6 +16,7 @@ from tpcheck.engines.facts import Facts
 from tpcheck.engines.fields import choice, count, number, word
 from tpcheck.engines.linears import part_linears
 from tpcheck.engines.quant_reading import read_quant
+from tpcheck.engines.state_space_reading import derive_state_space
 from tpcheck.errors import PlanError
 from tpcheck.json_reader import brief
 
@@ -54,7 +55,9 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size", "padded_vocab_size", "v"),
     "moe_intermediate_size": ("moe_intermediate_size", "moe_ffn_hidden_size", "expert_dim"),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "shared_expert_intermediate_size": ("shared_expert_intermediate_size",),
+    "shared_expert_intermediate_size": (
+        *("shared_expert_intermediate_size", "shared_intermediate_size", "share_expert_dim"),
+    ),
     "num_hidden_layers": (
         *("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers", "depth"),
     ),
@@ -62,6 +65,9 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
     "linear_num_value_heads": ("linear_num_value_heads",),
     "linear_key_head_dim": ("linear_key_head_dim",),
     "linear_value_head_dim": ("linear_value_head_dim",),
+    "mamba_num_heads": ("mamba_num_heads", "mamba_n_heads", "n_mamba_heads"),
+    "mamba_n_groups": ("mamba_n_groups", "mamba_ngroups"),
+    "mamba_intermediate_size": ("mamba_d_ssm",),
     "sharded_dim": ("sharded_dim", "n"),
     "ep_size": ("ep_size",),
     "moe_dp_size": ("moe_dp_size",),
@@ -100,7 +106,7 @@ _RUN_DEFAULTS = {
 
 _PLAIN_MLP = frozenset(
     "gpt2 opt falcon bloom gpt_neox gptj gpt_neo gpt_bigcode starcoder2 phi mpt codegen nemotron"
-    " stablelm_epoch persimmon arcee apertus".split()
+    " stablelm_epoch persimmon arcee apertus nemotron_h".split()
 )
 _GATED_TOWERS = frozenset("qwen2_5_vl qwen2_5_vl_vision pixtral".split())
 _FOUR_TIMES_HIDDEN = frozenset("gpt2 falcon bloom gptj gpt_neo gpt_bigcode mpt codegen".split())
@@ -252,23 +258,39 @@ def _derive(
     elif model_type == "qwen" and numbers["intermediate_size"]:
         # the first Qwen counts gate and up together
         numbers["intermediate_size"] //= 2
+    derive_state_space(numbers, config, model_type, where)
     _derive_experts(numbers, config, where)
+
+
+_SHARED_EXPERTS = (
+    *("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
+)
 
 
 def _derive_experts(numbers: dict[str, int | None], config: Config, where: str) -> None:
     width, experts = numbers["moe_intermediate_size"], numbers["num_experts"]
     if experts and width is None and "num_local_experts" in config:
         numbers["moe_intermediate_size"] = width = numbers["intermediate_size"]
-    shared = number(config, ("n_shared_experts", "num_shared_experts"), where)
-    if shared and width and numbers["shared_expert_intermediate_size"] is None:
-        numbers["shared_expert_intermediate_size"] = shared * width
+    shared = number(config, _SHARED_EXPERTS, where)
+    # Hunyuan's shared experts are as wide as a dense layer, the others' as an expert
+    hunyuan = config.get("model_type") == "hunyuan_v1_moe"
+    each = numbers["intermediate_size"] if hunyuan else width
+    if experts and shared and each and numbers["shared_expert_intermediate_size"] is None:
+        numbers["shared_expert_intermediate_size"] = shared * each
     all_sparse = not (
         count(config, "first_k_dense_replace", where)
+        or count(config, "moe_layer_start_index", where)
         or config.get("mlp_only_layers")
         or count(config, "decoder_sparse_step", where) > 1
     )
     if experts and width and all_sparse:
         numbers["intermediate_size"] = None
+    dense = number(config, ("intermediate_size_mlp",), where)
+    if dense and experts:
+        # Llama 4's intermediate_size is an expert's, and that of the expert beside them
+        numbers["shared_expert_intermediate_size"] = width
+        interleaved = count(config, "interleave_moe_layer_step", where) > 1
+        numbers["intermediate_size"] = dense if interleaved else None
 
 
 def _lower(text: str | None) -> str | None:

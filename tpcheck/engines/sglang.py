@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from tpcheck.engines import gated_delta, sglang_quant
+from tpcheck.engines import gated_delta, sglang_models, sglang_quant, state_space
 from tpcheck.engines.base import (
     WIDTHS,
     Engine,
@@ -73,15 +73,6 @@ def _vocab_sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
             "pad_rows": padded - facts.vocab_size,
         }
     }
-
-
-def _too_few_experts(facts: Facts, tp_size: int) -> Finding | None:
-    if facts.num_experts is None or tp_size <= facts.num_experts or facts.ep_size > 1:
-        return None
-    text = (
-        f"Tensor parallel size {tp_size} is greater than the number of experts {facts.num_experts}."
-    )
-    return Finding("error", text, text)
 
 
 def _cpu_heads(facts: Facts, tp_size: int) -> Finding | None:
@@ -156,17 +147,11 @@ RULES = (
         role="text",
         when=_on_gpu,
     ),
-    divisible(
-        "sglang.vision_heads",
-        "num_attention_heads",
-        "sglang/srt/layers/attention/vision.py",
-        text="{value} is not divisible by {tp}",
-        role="tower",
-        when=_on_gpu,
-    ),
-    kv_multiple("sglang.kv", "sglang/srt/models/llama.py:186-194", when=_on_gpu),
+    *sglang_models.TOWERS,
+    kv_multiple("sglang.kv", "sglang/srt/models/llama.py:186-194", when=sglang_models.checks_heads),
     kv_replicate("sglang.kv_replicate", "sglang/srt/layers/linear.py:1139-1145", when=_on_gpu),
     *gated_delta.SGLANG,
+    *state_space.SGLANG,
     divisible(
         "sglang.mlp",
         "intermediate_size",
@@ -174,6 +159,7 @@ RULES = (
         area="gate_up_proj",
         when=lambda facts: _on_gpu(facts) and facts.method != "mxfp4",
     ),
+    sglang_models.EXPERTS,
     divisible(
         "sglang.mlp",
         "shared_expert_intermediate_size",
@@ -182,13 +168,6 @@ RULES = (
         when=_on_gpu,
     ),
     *sglang_quant.LAYER_RULES,
-    Rule(
-        "sglang.moe_experts",
-        "sglang/srt/models/qwen3_moe.py:248; deepseek_v2.py:716",
-        _too_few_experts,
-        ("num_experts",),
-        "experts",
-    ),
     divisible(
         "sglang.moe",
         "moe_intermediate_size",
@@ -208,5 +187,6 @@ ENGINE = Engine(
         ("lm_head", ("vocab_size",), _vocab_sizes),
         ("any", ("quant",), sglang_quant.partition_sizes),
     ),
+    whole_towers=sglang_models.WHOLE_TOWERS,
     unknown_format=FORMATS.is_unknown,
 )

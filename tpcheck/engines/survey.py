@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from tpcheck.engines import gated_delta, state_space
 from tpcheck.engines.base import REFUSED, SEVERITY, Engine, Finding, Rule
 from tpcheck.engines.facts import Facts
-from tpcheck.engines.gated_delta import covers
 from tpcheck.engines.registry import engine_named
 from tpcheck.engines.transformers_plans import is_known
 from tpcheck.json_reader import brief
@@ -41,7 +41,7 @@ class Survey(NamedTuple):
 def survey(engine_name: str, facts: Facts) -> Survey:
     """Return which rules apply to a part and which degrees up to 64 they leave."""
     engine = engine_named(engine_name)
-    if facts.role == "tower" and not engine.splits_towers:
+    if engine.keeps_whole(facts):
         return Survey((), ("this engine keeps towers whole",), frozenset(range(1, UP_TO + 1)))
     rules: list[Rule] = []
     notes = _unknown(engine, facts)
@@ -64,8 +64,12 @@ def survey(engine_name: str, facts: Facts) -> Survey:
 _OPTIONAL = frozenset(
     "quant num_experts moe_intermediate_size shared_expert_intermediate_size kv_size_multiplier"
     " sharded_dim linear_num_key_heads linear_num_value_heads linear_key_head_dim"
-    " linear_value_head_dim".split()
+    " linear_value_head_dim mamba_num_heads mamba_n_groups mamba_intermediate_size".split()
 )
+
+
+_OF_OTHER_LAYERS = frozenset("num_attention_heads num_key_value_heads intermediate_size".split())
+"""What a model of state-space layers alone has none of."""
 
 
 def _unknown(engine: Engine, facts: Facts) -> list[str]:
@@ -79,8 +83,13 @@ def _unknown(engine: Engine, facts: Facts) -> list[str]:
         notes.append(
             f"quant_method={brief(method)}: not known how it is split, planned as unquantized"
         )
-    if facts.linear_num_key_heads and not covers(engine.rules):
+    said = engine.unknown_model(facts) if engine.unknown_model and facts.role == "text" else None
+    if said is not None:
+        notes.append(said)
+    if facts.linear_num_key_heads and not gated_delta.covers(engine.rules):
         notes.append("linear attention: no rule is known, its heads are planned as if they divide")
+    if facts.mamba_intermediate_size and not state_space.covers(engine.rules, facts):
+        notes.append("state-space layers: no rule is known, planned as if they divide")
     return notes
 
 
@@ -88,6 +97,8 @@ def _absent(facts: Facts) -> frozenset[str]:
     """Return what a model may simply not have, so that nothing is left out without it."""
     if facts.role == "tower":
         return _OPTIONAL | {"vocab_size"}
+    if facts.mamba_intermediate_size and facts.num_attention_heads is None:
+        return _OPTIONAL | _OF_OTHER_LAYERS
     return _OPTIONAL | {"intermediate_size"} if facts.moe_intermediate_size else _OPTIONAL
 
 
@@ -130,8 +141,8 @@ def decide(engine: Engine, known: Survey, facts: Facts, tp_size: int) -> Decisio
 
 
 def _sizes(engine: Engine, facts: Facts, tp_size: int) -> dict[str, Any]:
-    if facts.role == "tower" and not engine.splits_towers:
-        return {}
+    if engine.keeps_whole(facts):
+        return {"whole": True}
     sizes: dict[str, Any] = {}
     for area, needs, size in engine.sizes:
         if facts.tensor is not None and area not in ("any", facts.tensor):

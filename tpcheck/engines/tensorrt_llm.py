@@ -27,7 +27,7 @@ from tpcheck.engines.formats import MODULES_OF_THEIR_OWN, Formats, names, readin
 _ATTENTION = "tensorrt_llm/_torch/modules/attention.py"
 _MAPPER = "tensorrt_llm/_torch/models/checkpoints/base_weight_mapper.py"
 _LINEAR = "tensorrt_llm/_torch/modules/linear.py"
-_DEEPSEEK = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
+_DEEPSEEK = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2")
 
 
 FORMATS = Formats(

@@ -20,6 +20,7 @@ from tpcheck.engines.base import (
 )
 from tpcheck.engines.facts import Facts, ceil_div, chunks
 from tpcheck.engines.formats import Formats, names, reading
+from tpcheck.json_reader import brief
 
 _WEIGHTS = "server/text_generation_server/utils/weights.py"
 _LLAMA = "server/text_generation_server/models/custom_modeling/flash_llama_modeling.py"
@@ -37,6 +38,25 @@ FORMATS = Formats(
     refuses=names("mxfp4 mxfp8 nvfp4 modelopt_fp4 exl3 gguf hqq aqlm vptq spqr higgs"),
     why="quant_method={method} is only warned about, and the weights it names are not there",
 )
+
+
+_OWN_MODELS = frozenset(
+    "deepseek_v2 deepseek_v3 llama llama4 llama4_text phi3 granite gemma gemma2 gemma3 gemma3_text"
+    " cohere dbrx mamba mistral mixtral gpt_bigcode phi phimoe phi-msft baichuan falcon RefinedWeb"
+    " RefinedWebModel starcoder2 qwen2 qwen2_vl qwen2_vl_text qwen2_5_vl qwen2_5_vl_text opt t5"
+    " santacoder galactica bloom mpt gpt2 gpt_neox gptj idefics idefics2 idefics3 mllama"
+    " mllama_text_model paligemma llava_next".split()
+)
+"""Model types with code of TGI's own; the others are transformers 4.51's, with its plans."""
+
+
+def _unknown_model(facts: Facts) -> str | None:
+    if facts.model_type is None or facts.model_type in _OWN_MODELS:
+        return None
+    return (
+        f"tgi has no code of its own for model_type={brief(facts.model_type)}: transformers 4.51's"
+        " model and plan run it, which are not known here; planned as if it were llama's"
+    )
 
 
 def _checks_kv(facts: Facts) -> bool:
@@ -302,4 +322,5 @@ ENGINE = Engine(
     RULES,
     (("lm_head", ("vocab_size",), _vocab_sizes), ("any", (), _packed_sizes)),
     unknown_format=FORMATS.is_unknown,
+    unknown_model=_unknown_model,
 )

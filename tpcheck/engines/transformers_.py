@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpcheck.engines import gated_delta
+from tpcheck.engines import gated_delta, state_space
 from tpcheck.engines.base import Engine, Finding, Rule, is_gpt_oss, padded_fix, width_fix
 from tpcheck.engines.facts import Facts, ceil_div, chunks
 from tpcheck.engines.transformers_plans import class_name, plan_of
@@ -259,6 +259,7 @@ RULES = (
         when=lambda facts: plan_of(facts) == "lm_head",
     ),
     *gated_delta.TRANSFORMERS,
+    *state_space.TRANSFORMERS,
     Rule("hf.uneven", _PLAN, _widths, refuses=False),
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tpcheck.engines import gated_delta, vllm_experts, vllm_quant
+from tpcheck.engines import gated_delta, state_space, vllm_experts, vllm_models, vllm_quant
 from tpcheck.engines.base import (
     Engine,
     Finding,
@@ -80,15 +80,6 @@ def _gpt_oss_kv(facts: Facts, tp_size: int) -> Finding | None:
     return Finding("error", text, text)
 
 
-def _too_few_experts(facts: Facts, tp_size: int) -> Finding | None:
-    if facts.num_experts is None or tp_size <= facts.num_experts or facts.ep_size > 1:
-        return None
-    text = (
-        f"Tensor parallel size {tp_size} is greater than the number of experts {facts.num_experts}."
-    )
-    return Finding("error", text, text)
-
-
 def _experts_divide(facts: Facts) -> bool:
     return facts.ep_size == 1 and facts.method != "mxfp4"
 
@@ -103,12 +94,10 @@ def _qkv_sizes(facts: Facts, tp_size: int) -> dict[str, Any] | None:
         "num_kv": max(1, kv_heads // tp_size),
         "replicas": times,
     }
-    if facts.head_dim is not None and facts.v_head_dim is not None:
-        found["out_partition"] = [
-            found["num_heads"] * facts.head_dim,
-            found["num_kv"] * facts.head_dim,
-            found["num_kv"] * facts.v_head_dim,
-        ]
+    weight = next((one for one in facts.linears if one.name == "self_attn.qkv_proj"), None)
+    if weight is not None:
+        # q holds a gate beside each head where the model has one
+        found["out_partition"] = [part.local(tp_size) for part in weight.parts]
     sizes = {"qkv": found}
     return sizes if times == 1 else {**sizes, "kv_replicated": True}
 
@@ -121,19 +110,24 @@ def _vocab_sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
     return {"vocab": {"padded": padded, "per_rank": rows, "pad_per_rank": pads}}
 
 
-def _mlp_sizes(facts: Facts, tp_size: int) -> dict[str, Any] | None:
-    width = facts.expert_width
-    if width is None or (facts.method == "mxfp4" and width % tp_size):
-        return None
-    local = ceil_div(width, tp_size)
-    return {"mlp": {"gate_up": [local] * (2 if facts.gated else 1), "down_in": local}}
+def _mlp_sizes(facts: Facts, tp_size: int) -> dict[str, Any]:
+    """Return the widths of the MLP; of experts beside it where layers are of both kinds."""
+    dense, experts = facts.intermediate_size, facts.moe_intermediate_size
+    widths = {"mlp": dense or experts, "experts": experts if dense else None}
+    found = {}
+    for name, width in widths.items():
+        if width is None or (facts.method == "mxfp4" and width % tp_size):
+            continue
+        local = ceil_div(width, tp_size)
+        found[name] = {"gate_up": [local] * (2 if facts.gated else 1), "down_in": local}
+    return found
 
 
 _KV_SOURCE = "vllm/model_executor/models/llama.py:149-155; layers/linear.py:1065-1071"
 _LINEAR = "vllm/model_executor/layers/linear.py"
-_MOE_EXPERTS = "vllm/model_executor/models/qwen3_moe.py:154-159"
 
 RULES = (
+    vllm_models.ARCHITECTURE,
     reading("vllm", FORMATS),
     divisible(
         "vllm.heads",
@@ -153,14 +147,9 @@ RULES = (
         has_kv_heads,
     ),
     *vllm_quant.CONFIG_RULES,
-    divisible(
-        "vllm.divide",
-        "num_attention_heads",
-        "vllm/distributed/utils.py:57-61",
-        text=_DIVIDE,
-        role="tower",
-    ),
+    *vllm_models.TOWERS,
     Rule("vllm.vocab", _VOCAB, _vocab, ("vocab_size",), "lm_head"),
+    vllm_models.KV_DIVIDE,
     Rule(
         "vllm.gpt_oss_kv",
         "vllm/model_executor/models/gpt_oss.py:133-155; layers/attention/attention.py:329",
@@ -169,9 +158,10 @@ RULES = (
         "qkv_proj",
         when=is_gpt_oss,
     ),
-    kv_multiple("vllm.kv_heads", _KV_SOURCE),
+    kv_multiple("vllm.kv_heads", _KV_SOURCE, when=vllm_models.has_assert),
     kv_replicate("vllm.kv_replicate", _KV_SOURCE),
     *gated_delta.VLLM,
+    *state_space.VLLM,
     *vllm_quant.ATTENTION_RULES,
     divisible(
         "vllm.mlp_gate_up",
@@ -196,13 +186,14 @@ RULES = (
         area="down_proj",
         when=lambda facts: facts.method != "mxfp4",
     ),
+    vllm_models.EXPERTS,
     divisible(
         "vllm.mlp_gate_up",
         "shared_expert_intermediate_size",
         f"{_LINEAR}:714",
         area="gate_up_proj",
     ),
-    Rule("vllm.moe_experts", _MOE_EXPERTS, _too_few_experts, ("num_experts",), "experts"),
+    *vllm_quant.MLP_RULES,
     divisible(
         "vllm.moe",
         "moe_intermediate_size",
@@ -211,7 +202,7 @@ RULES = (
         when=_experts_divide,
     ),
     *vllm_experts.RULES,
-    *vllm_quant.MLP_RULES,
+    vllm_quant.LOAD_RULE,
 )
 
 ENGINE = Engine(
@@ -224,5 +215,6 @@ ENGINE = Engine(
         ("down_proj", (), _mlp_sizes),
         *vllm_quant.SIZES,
     ),
+    whole_towers=vllm_models.WHOLE_TOWERS,
     unknown_format=FORMATS.is_unknown,
 )

@@ -94,8 +94,9 @@ def _expert_groups(facts: Facts, tp_size: int, *, refit: bool = False) -> Findin
         reason = f"experts: no group of at least 32 divides {local} (a bare assert, no text)"
         return Finding("error", reason, "")
     text = (
-        "requires the MoE intermediate size per tensor-parallel partition"
-        f" ({local}) to be divisible by group_size ({group}). Scale groups would otherwise cross"
+        "CompressedTensors WNA16 MoE with static group scales requires the MoE intermediate size"
+        f" per tensor-parallel partition ({local}) to be divisible by group_size ({group}). Scale"
+        " groups would otherwise cross"
         " TP shard boundaries; use a compatible TP size or enable expert parallelism."
     )
     return Finding("error", text, text, fix=width_fix(facts, tp_size, "experts", local))
@@ -123,6 +124,11 @@ def _marlin_experts(facts: Facts, tp_size: int) -> Finding | None:
     cut = _expert_groups(facts, tp_size, refit=True)
     if cut is not None:
         return cut
+    if group < 0:
+        # moe_wna16 divides by the group's size, and there is none
+        shape = [facts.num_experts or 0, 2 * local, -(hidden or 0)]
+        text = f"Trying to create tensor with negative dimension {shape[2]}: {shape}"
+        return Finding("error", f"experts: {text}", text)
     return Finding("fallback", f"experts: {local} rows a rank go to moe_wna16, not to Marlin")
 
 

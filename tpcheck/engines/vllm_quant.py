@@ -283,7 +283,7 @@ CONFIG_RULES = (
         when=quantized_as("gptq", "gptq_marlin"),
     ),
 )
-_LOAD_RULE = Rule(
+LOAD_RULE = Rule(
     "vllm.fp8_block_merged_allowance",
     "vllm/model_executor/layers/linear.py:562-589,82-93,1147-1155",
     _each(_fp8_merged, *_ATTENTION, *_MLP),
@@ -293,10 +293,7 @@ _LOAD_RULE = Rule(
 """What only shows when weights arrive, after every layer was built."""
 
 ATTENTION_RULES = tuple(rules[0] for rules in _DENSE)
-MLP_RULES = (
-    *(rules[1] for rules in _DENSE),
-    _LOAD_RULE,
-)
+MLP_RULES = tuple(rules[1] for rules in _DENSE)
 
 
 def _created_sizes(facts: Facts, tp_size: int) -> dict[str, Any] | None:
