@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from tpcheck.execution import digest
 from tpcheck.golden.records import (
     Data,
     Floor,
@@ -24,6 +23,7 @@ from tpcheck.golden.records import (
 )
 from tpcheck.golden.store import locked, prepare, write
 from tpcheck.golden.tensors import pack
+from tpcheck.outputs import digest
 
 WEIGHTS = {"embed": "bfloat16 [11, 8] " + "a" * 64, "head": "bfloat16 [11, 8] " + "b" * 64}
 

@@ -89,8 +89,12 @@ def add_diff(app: typer.Typer, interruptible: Interruptible) -> None:
         _assert_writable(outputs, jsonl)
         lines = _Lines(jsonl)
         with interruptible(), progress_bar(enabled=not (quiet or no_progress)) as progress:
+            import torch
+
             from tpcheck.captures import comparing
 
+            # blocks are small: more threads wait for each other, on a busy machine most of the time
+            torch.set_num_threads(1)
             report = comparing.diff(
                 expected,
                 actual,

@@ -103,23 +103,17 @@ def golden_record(
         seq_len=seq_len,
         seed=seed,
     )
-    if not plan.cases:
-        raise TPCheckError(
-            f"{plan.ref.label} takes specs, and a record is of one model: name it with --case,"
-            " as a report of tpcheck run prints it"
-        )
-    if stream and plan.ref.kind != "ref":
-        raise TPCheckError(f"stream: SUBJECT={plan.ref.label}, but should be ref:DIR")
+    _require_recordable(plan, stream)
     prepare(folder)
-    together = tuple((one.id, dtype) for one in plan.cases for dtype in plan.dtypes)
+    pairs = [(one, dtype) for one in plan.cases for dtype in plan.dtypes]
+    together = tuple((one.id, dtype) for one, dtype in pairs)
     rows = []
     with open_ranks(plan.backend, 1, None) as ranks:
-        for done, (case_id, dtype) in enumerate(together):
+        recorder = _Recorder(plan, ranks, together, folder, full, stream, progress)
+        for done, (one, dtype) in enumerate(pairs):
             if progress is not None:
-                progress(done, len(together), f"{case_id} {dtype}")
-            wanted = next(one for one in plan.cases if one.id == case_id)
-            recorder = _Recorder(plan, ranks, together, folder, full, stream, progress)
-            golden, data = recorder.recorded(wanted, dtype)
+                progress(done, len(pairs), f"{one.id} {dtype}")
+            golden, data = recorder.recorded(one, dtype)
             rows.append(keep(folder, golden, data, update=update))
     different = any(row["state"] == DIFFERENT for row in rows)
     return {
@@ -129,6 +123,16 @@ def golden_record(
         "outcome": "DIFFERENT" if different else "RECORDED",
         "records": rows,
     }
+
+
+def _require_recordable(plan: RunPlan, stream: bool) -> None:
+    if not plan.cases:
+        raise TPCheckError(
+            f"{plan.ref.label} takes specs, and a record is of one model: name it with --case,"
+            " as a report of tpcheck run prints it"
+        )
+    if stream and plan.ref.kind != "ref":
+        raise TPCheckError(f"stream: SUBJECT={plan.ref.label}, but should be ref:DIR")
 
 
 def golden_verify(

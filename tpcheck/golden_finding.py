@@ -33,21 +33,15 @@ def find_record(
 ) -> Found:
     """Return the record of an identity, or say why there is none."""
     of_it = [
-        e
-        for e in entries
-        if e.golden is not None
-        and e.golden.address == identity.key.address
-        and e.golden.named == named
+        entry
+        for entry in entries
+        if entry.golden is not None
+        and (entry.golden.address, entry.golden.named) == (identity.key.address, named)
     ]
-    of_it.sort(key=lambda e: (e.golden is None or e.golden.subject != label, e.state != "ok"))
     if of_it:
-        entry = of_it[0]
-        if entry.golden is None or entry.state != "ok":
-            return Found(problem=entry.problem)
-        try:
-            return Found(entry.golden, unpack(read_data(folder, entry.golden), entry.golden))
-        except TPCheckError as error:
-            return Found(problem=str(error))
+        return _read(
+            folder, min(of_it, key=lambda e: (not is_of(e, label, named), e.state != "ok"))
+        )
     lead = f"there is no record of {named[0]} {named[1]} in {folder}"
     record = f"tpcheck golden record {label} {folder} makes one"
     for entry in entries:
@@ -60,6 +54,15 @@ def find_record(
                 f" {record} in its place with --update"
             )
     return Found(problem=f"{lead}; {record}")
+
+
+def _read(folder: Path, entry: Entry) -> Found:
+    if entry.golden is None or entry.state != "ok":
+        return Found(problem=entry.problem)
+    try:
+        return Found(entry.golden, unpack(read_data(folder, entry.golden), entry.golden))
+    except TPCheckError as error:
+        return Found(problem=str(error))
 
 
 def is_of(entry: Entry, label: str, named: Named) -> bool:

@@ -10,7 +10,7 @@ it the verdict is INCONCLUSIVE. Today's TP=1 is held to the record, not the othe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -172,7 +172,8 @@ def against(evidence: Evidence, golden: Golden, kept: Mapping[str, Kept]) -> Evi
     """Return the evidence with the recorded oracle and TP=1 in the place of today's.
 
     Of a small record everything is seen through its sketches. Inputs that a record does not hold
-    (more of them are run before an alarm rests on few) keep today's TP=1.
+    (more of them are run before an alarm rests on few) keep today's TP=1. Of ranks the first is
+    held to the record; that the others agree with it is another check's.
     """
     view = _View(golden, kept)
     oracle = None
@@ -182,7 +183,9 @@ def against(evidence: Evidence, golden: Golden, kept: Mapping[str, Kept]) -> Evi
         oracle = replace(evidence.oracle or evidence.base, outputs=outputs)
     base = view.seen(evidence.base.outputs) | view.recorded()
     # runs in another dtype than the recorded oracle's are not the same function to the last bit
-    exact = evidence.exact if evidence.oracle_dtype == golden.oracle_dtype else ()
+    exact = evidence.exact[:1] if evidence.oracle_dtype == golden.oracle_dtype else ()
+    if exact and evidence.elsewhere is not None and evidence.oracle is not None:
+        exact = [evidence.oracle]  # with which TP=N agreed there: so this is what is held
     floor = evidence.floor
     if evidence.tp_size == 1:  # what today's code casts must not widen what it is held to
         floor = NoiseFloor(
@@ -194,9 +197,10 @@ def against(evidence: Evidence, golden: Golden, kept: Mapping[str, Kept]) -> Evi
         oracle_dtype=golden.oracle_dtype or evidence.dtype,
         base=replace(evidence.base, outputs=base),
         exact=[replace(t, outputs=view.seen(t.outputs, exact=True)) for t in exact],
-        deployed=[replace(t, outputs=view.seen(t.outputs)) for t in evidence.deployed],
+        deployed=[replace(t, outputs=view.seen(t.outputs)) for t in evidence.deployed[:1]],
         base_error=evidence.base_error if golden.oracle_dtype else golden.base_error,
         floor=floor,
+        elsewhere=None,
     )
 
 
@@ -273,8 +277,8 @@ def _of_all_errors(check: Check, held: Evidence, golden: Golden) -> Check:
 
 
 def _other_shapes(evidence: Evidence, golden: Golden) -> str:
-    traces: Sequence[Trace] = [*evidence.exact[:1], *evidence.deployed[:1]]
-    for trace in traces:
+    alone = [trace for trace in (evidence.oracle, evidence.base) if trace is not None]
+    for trace in (*evidence.exact[:1], *evidence.deployed[:1], *alone):
         for key, one in golden.logits.items():
             logits = trace.outputs.get(key)
             if logits is None:

@@ -24,7 +24,10 @@ def keep(folder: Path, golden: Golden, data: bytes, *, update: bool) -> Json:
     """Write a record unless one that says something else is there and no update is asked for."""
     with locked(folder):
         entries = scan(folder)
-        there = [e for e in entries if is_of(e, golden.subject, golden.named)]
+        # another spelling of the subject can come to the same file, which is not to be overwritten
+        there = [
+            e for e in entries if e.file == golden.file or is_of(e, golden.subject, golden.named)
+        ]
         held = there[0].golden if len(there) == 1 and _says_the_same(there[0], golden) else None
         if held is not None:
             together = tuple(dict.fromkeys((*held.together, *golden.together)))
@@ -33,10 +36,7 @@ def keep(folder: Path, golden: Golden, data: bytes, *, update: bool) -> Json:
             return _row(golden, UNCHANGED, "")
         if there and not update:
             return _row(golden, DIFFERENT, _difference(there[0], golden))
-        write(folder, golden, data, instead_of=[e.golden for e in there if e.golden is not None])
-        for entry in there:  # what could not be read, and was not overwritten
-            if entry.golden is None and entry.file != golden.file:
-                (folder / entry.file).unlink(missing_ok=True)
+        write(folder, golden, data, instead_of=there)
     return _row(golden, REPLACED if there else WRITTEN, "")
 
 

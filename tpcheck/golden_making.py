@@ -23,7 +23,7 @@ from tpcheck.case_runs import CaseRuns
 from tpcheck.comparison import error_count, pooled_rms
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence
-from tpcheck.execution import AGAIN, digest
+from tpcheck.execution import AGAIN
 from tpcheck.explanations import explained
 from tpcheck.golden.records import (
     LOGIT_DTYPES,
@@ -41,6 +41,7 @@ from tpcheck.groups.jobs import Job, JobFailed, Ranks
 from tpcheck.inputs import Inputs, make_inputs
 from tpcheck.model_digest import ModelDigest
 from tpcheck.numerics.ulp import eps
+from tpcheck.outputs import digest
 from tpcheck.reference.streaming import Progress, stream_many
 from tpcheck.spec import Case
 from tpcheck.subjects import Subject
@@ -225,7 +226,7 @@ def make_golden(
     wide = alone.oracle or alone.deployed
     if not any(bool(one.isfinite().any()) for one in wide.values()):
         raise SubjectError(
-            f"{subject.name}: TP=1 is not finite anywhere [{case.id}]: nothing to record"
+            f"{subject.name}: TP=1 returns no finite number [{case.id}]: nothing to record"
         )
     data = pack(alone.deployed, alone.oracle, case_id=case.id, full=full)
     sha256 = hashlib.sha256(data).hexdigest()

@@ -22,8 +22,8 @@ from tpcheck.golden_finding import find_record
 from tpcheck.golden_judging import bits, checks_against
 from tpcheck.render.golden import render_listing, render_recording
 
-NAME = "m-py-build.s0-b2-t3.bfloat16.ab83037e54b7"
-DATA = f"{NAME}.6c68fb969389.safetensors"
+NAME = "m-py-build.s0-b2-t3.bfloat16.181dd614729e"
+DATA = f"{NAME}.a687f63def54.safetensors"
 
 
 def row(**changes: Any) -> dict[str, Any]:
@@ -112,9 +112,9 @@ def test_what_a_folder_holds(tmp_path: Path) -> None:
         m.py:build  s0-b2-t3  bfloat16  corrupt  small   3.1 kB  2.13.0   2026-01-31T12:00:00Z
         m.py:build  s1-b2-t3  bfloat16  ok       small   3.1 kB  2.13.0   2026-01-31T12:00:00Z
 
-          corrupt: m-py-build.s0-b2-t3.bfloat16.ab83037e54b7.6c68fb969389.safetensors: has 3143 bytes, but should have 3144: it was cut off
+          corrupt: m-py-build.s0-b2-t3.bfloat16.181dd614729e.a687f63def54.safetensors: has 3143 bytes, but should have 3144: it was cut off
 
-        note: not read, left by a killed recorder: 1 files""")
+        note: not read, left by a killed recorder: 1 file""")
     assert (
         render_listing(listing(tmp_path, "x.py:f")) == f"BROKEN: there is no record in {tmp_path}"
     )
@@ -164,7 +164,7 @@ def test_why_a_record_is_not_to_be_trusted(tmp_path: Path) -> None:
     assert reason(tmp_path) == f"{DATA}: has 3137 bytes, but should have 3144: it was cut off"
     path.write_bytes(data[:-1] + b"?")
     assert reason(tmp_path) == (
-        f"{DATA}: SHA-256 is 1f20af3b42e5..., but should be 6c68fb969389...: it was edited or"
+        f"{DATA}: SHA-256 is 5f8ffe07579a..., but should be a687f63def54...: it was edited or"
         " swapped"
     )
     path.unlink()

@@ -25,6 +25,7 @@ from tpcheck.captures.tolerances import Limit
 from tpcheck.comparison import compare
 from tpcheck.hf_config import spec_from_config
 from tpcheck.records import Report, Verdict
+from tpcheck.render.diff import render_diff
 from tpcheck.report import from_json, to_json
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "int32", "uint8", "float8_e4m3fn", "bool")
@@ -290,6 +291,13 @@ def test_shapes_that_add_up_nowhere_ask_for_a_map() -> None:
     )
 
 
+def test_pieces_that_neighbours_hold_twice_ask_for_copies() -> None:
+    whole = values((8, 4), "float32", 3)
+    kv_heads = [{"k": whole[:4]}, {"k": whole[:4]}, {"k": whole[4:]}, {"k": whole[4:]}]
+    verdict = only(check({"k": whole}, kv_heads))
+    assert "(copies = 2 along dim 0?); say how in a shard map" in verdict.reasons[0]
+
+
 def test_copies_or_terms_is_a_tie_where_neither_is_close_and_nobody_guesses() -> None:
     whole, *others = (values((8, 4), "float32", seed) for seed in range(3))
     report = check({"w": whole}, [{"w": other} for other in others])
@@ -344,6 +352,40 @@ def test_integers_are_equal_or_not_whatever_a_tolerance_says() -> None:
     assert verdict.outcome == "WRONG"
     assert "actual=9007199254740993, but should be 9007199254740992" in verdict.reasons[0]
     assert verdict.checks["allclose"].facts["ranks"] == [0]
+
+
+@pytest.mark.parametrize(
+    ("whole", "bad", "advice"),
+    [
+        (torch.tensor([5, 7]), torch.tensor([5, 6]), "whole numbers and bools know no tolerance"),
+        (torch.tensor([True]), torch.tensor([False]), "whole numbers and bools know no tolerance"),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, math.nan]), "no tolerance covers it"),
+    ],
+)
+def test_where_no_tolerance_helps_none_is_advised(
+    whole: torch.Tensor, bad: torch.Tensor, advice: str
+) -> None:
+    same = torch.ones(3)
+    text = render_diff(check({"w": whole, "x": same}, {"w": bad, "x": same}))
+    assert advice in text
+    assert "smallest" not in text
+    assert "--atol" not in text
+    alike = check({"w": whole, "x": same}, {"w": whole.clone(), "x": same + 1e-3})
+    assert "tolerance for all values, one of: atol=" in render_diff(alike)
+
+
+def test_where_nothing_was_compared_no_tolerance_is_shown() -> None:
+    text = render_diff(check({"w": torch.ones(2)}, {"v": torch.ones(2)}))
+    assert "smallest" not in text
+    assert text.startswith("WRONG: 2 of 2 tensors do not agree; first v: extra")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_a_tolerance_counts_for_complex_numbers(dtype: torch.dtype) -> None:
+    whole = torch.tensor([1 + 2j, 3 + 4j], dtype=dtype)
+    other = whole + torch.tensor([0, 0.5j], dtype=dtype)
+    assert check({"w": whole}, {"w": other}, atol=0.5).outcome == "PASS"
+    assert check({"w": whole}, {"w": other}, atol=0.4).outcome == "DRIFT"
 
 
 def test_the_sign_of_zero_counts_where_bits_were_asked_for() -> None:

@@ -339,6 +339,59 @@ def test_names_are_ordered_by_the_numbers_in_them() -> None:
     assert found == ["7", "embed", "layers.2", "layers.2.a", "layers.10.b", "layers.010.b"]
 
 
+@pytest.mark.parametrize(
+    ("stack", "layer", "around"),
+    [
+        (
+            "model.layers",
+            "input_layernorm self_attn.q_proj self_attn.rotary_emb self_attn.o_proj self_attn"
+            " post_attention_layernorm mlp.gate_proj mlp.up_proj mlp.act_fn mlp.down_proj mlp",
+            "model.embed_tokens {} model.norm model lm_head",
+        ),
+        (
+            "transformer.h",
+            "ln_1 attn.c_attn attn.c_proj attn ln_2 mlp.c_fc mlp.act mlp.c_proj mlp",
+            "transformer.wte {} transformer.ln_f lm_head",
+        ),
+        (
+            "decoder.layers",
+            "input_layernorm self_attention.linear_qkv self_attention.core_attention"
+            " self_attention.linear_proj self_attention pre_mlp_layernorm mlp.linear_fc1"
+            " mlp.linear_fc2 mlp",
+            "embedding.word_embeddings {} decoder.final_layernorm output_layer",
+        ),
+        (
+            "model.layers",
+            "self_attn.qkv_proj self_attn.q_norm self_attn.attn self_attn.o_proj mlp.gate"
+            " mlp.experts.0.gate_up_proj mlp.experts.0.down_proj mlp.experts.1 mlp",
+            "model.embed_tokens {} model.norm logits",
+        ),
+    ],
+    ids=["Llama", "GPT-2", "Megatron", "experts"],
+)
+def test_without_an_order_names_stand_as_a_decoder_runs(
+    stack: str, layer: str, around: str
+) -> None:
+    layers = [f"{stack}.{i}" for i in (2, 10)]
+    inner = [name for one in layers for name in (*(f"{one}.{n}" for n in layer.split()), one)]
+    names = around.format(" ".join(inner)).split()
+    assert in_order(sorted(names), ()) == (names, [])
+
+
+def test_where_the_order_was_guessed_from_names_the_report_says_so(folder: Path) -> None:
+    save_file({"mlp.up_proj": W, "mlp.down_proj": W.clone()}, folder / "expected.safetensors")
+    for rank in (0, 1):
+        wrong = {"mlp.up_proj": W + 1, "mlp.down_proj": W + 2}
+        save_file(wrong, folder / "actual" / f"rank{rank}.safetensors")
+    first, _ = (report := diff(folder)).verdicts
+    assert first.case_id == "mlp.up_proj"
+    assert first.first_divergence is not None
+    assert any("--order" in note for note in report.notes)
+    told = diff(folder, order=["mlp.down_proj", "mlp.up_proj"])
+    assert not any("--order" in note for note in told.notes)
+    assert told.verdicts[0].case_id == "mlp.down_proj"
+
+
 def test_a_name_goes_before_patterns_and_the_rest_comes_last() -> None:
     lines = (r"layers\.\d+", "layers.1", "nothing")
     found, unused = in_order(["a", "layers.1", "layers.0"], lines)

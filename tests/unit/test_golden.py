@@ -23,7 +23,7 @@ from tests.golden_records import WEIGHTS, forged, kept_in, logits, made, put, wi
 from tpcheck.errors import TPCheckError
 from tpcheck.golden.listing import listing
 from tpcheck.golden.records import Key, from_json, sha256_of, to_json
-from tpcheck.golden.sketches import SIGNS, chosen_positions, signs, sketch
+from tpcheck.golden.sketches import SUMS, chosen_positions, sketch, sketch_weights
 from tpcheck.golden.store import locked, prepare, read_data, read_manifest, scan, write
 from tpcheck.golden.tensors import unpack
 
@@ -124,7 +124,7 @@ def test_renamed_and_swapped_files_are_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schema": "tpcheck.golden/2"}, "golden.schema='tpcheck.golden/2'"),
+        ({"schema": "tpcheck.golden/1"}, "golden.schema='tpcheck.golden/1'"),
         ({"address": "0" * 64}, "golden.address"),
         ({"weights": {}}, "golden.key.weights"),
         ({"config": {"hidden_size": 9}}, "golden.key.config"),
@@ -159,7 +159,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
 def test_data_made_by_hand_is_refused_although_its_digest_fits(tmp_path: Path) -> None:
     golden, data = made()
     tensors = load(data)
-    shapes = {**tensors, "A.oracle.sums": torch.zeros(1, SIGNS, dtype=torch.float64)}
+    shapes = {**tensors, "A.oracle.sums": torch.zeros(1, SUMS, dtype=torch.float64)}
     dtypes = {**tensors, "A.deployed.rms": tensors["A.deployed.rms"].float()}
     indices = {**tensors, "A.top.indices": tensors["A.top.indices"] + 1000}
     fewer = {name: one for name, one in tensors.items() if name != "A.top.oracle"}
@@ -184,7 +184,8 @@ def test_any_one_logit_moves_the_sketch_in_proportion() -> None:
         moved.view(-1)[at] += 1e-6
         change = (sketch(moved).sums - still.sums).abs()
         position = at // 31
-        assert torch.allclose(change[position] * math.sqrt(31), torch.tensor(1e-6).double())
+        sizes = sketch_weights(31)[at % 31].abs()
+        assert torch.allclose(change[position] * math.sqrt(31), 1e-6 * sizes)
         assert int((change.sum(1) > 0).sum()) == 1
     assert scale > 0
 
@@ -215,13 +216,28 @@ def test_what_is_not_finite_is_counted_and_hides_nothing_else() -> None:
     assert not torch.equal(sketch(other).sums[0], made_.sums[0])
 
 
-def test_signs_are_the_same_in_every_version() -> None:
-    assert signs(4)[:, :4].tolist() == FIRST_SIGNS
-    assert abs(float(signs(5000).mean())) < 0.02
-    assert torch.equal(signs(7), signs(9)[:7])
+def test_logits_that_change_places_are_seen_where_all_signs_agree() -> None:
+    signs = sketch_weights(2000).sign()
+    alike = ((signs @ signs.T) == SUMS).triu(1).nonzero().tolist()
+    assert len(alike) > 10  # 2000 * 1999 / 2 pairs, one in 65,536
+    for one, other in alike:
+        whole = torch.zeros(1, 1, 2000, dtype=torch.float64)
+        whole[..., one], whole[..., other] = 1.0, 1.5
+        swapped = whole.clone()
+        swapped[..., one], swapped[..., other] = 1.5, 1.0
+        moved = (sketch(swapped).sums - sketch(whole).sums).abs().max() * math.sqrt(2000)
+        assert float(moved) > 0.05
 
 
-FIRST_SIGNS = [[-1, 1, -1, -1], [1, -1, -1, 1], [1, -1, 1, -1], [1, -1, -1, -1]]
+def test_weights_are_the_same_in_every_version() -> None:
+    drawn = sketch_weights(5000)
+    assert (drawn[:2, :4] * math.sqrt(38037.5)).round(decimals=9).tolist() == FIRST_WEIGHTS
+    assert abs(float(drawn.mean())) < 0.02
+    assert abs(float(drawn.square().mean()) - 1) < 0.01
+    assert torch.equal(sketch_weights(7), drawn[:7])
+
+
+FIRST_WEIGHTS = [[215.0, 190.0, 161.0, -239.0], [-128.0, -139.0, -251.0, 150.0]]
 
 
 def test_chosen_positions_cover_first_and_last_of_every_row() -> None:
@@ -253,10 +269,11 @@ def test_leftovers_are_passed_over_and_removed_by_the_next_writer(tmp_path: Path
     assert listing(tmp_path, None)["outcome"] == "OK"
 
 
-def test_the_data_of_a_manifest_that_cannot_be_read_is_not_removed(tmp_path: Path) -> None:
+def test_the_data_of_a_manifest_that_cannot_be_read_is_no_leftover(tmp_path: Path) -> None:
     golden, data = made()
     kept_in(tmp_path, golden, data)
     (tmp_path / golden.file).write_bytes(b"{")
+    assert states(tmp_path) == {golden.file: "corrupt"}
     prepare(tmp_path)
     assert (tmp_path / golden.data.file).exists()
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import tpcheck
-from tests.golden_records import forged, put
+from tests.golden_records import forged, kept_in, logits, made, put
 from tests.models import make_model
 from tpcheck.errors import SubjectError, TPCheckError
 from tpcheck.golden.listing import listing
 from tpcheck.golden.store import scan
 from tpcheck.golden_command import golden_record, golden_verify
+from tpcheck.golden_keeping import keep
 from tpcheck.records import Report
 from tpcheck.render.text import render_text
 from tpcheck.report import from_json, to_json
@@ -227,6 +228,30 @@ def test_an_update_leaves_one_record(tmp_path: Path) -> None:
         assert verify(tmp_path).outcome == "PASS"
 
 
+def test_a_subject_whose_name_comes_to_the_same_file_overwrites_nothing(tmp_path: Path) -> None:
+    golden, data = made(subject="some/row.py:build")
+    kept_in(tmp_path, golden, data)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    same, _ = made(subject="some-row.py:build")
+    assert same.file == golden.file
+    assert keep(tmp_path, same, data, update=False)["state"] == "unchanged"
+    other, other_data = made(subject="some-row.py:build", oracle=logits(1))
+    assert keep(tmp_path, other, other_data, update=False)["state"] == "different"
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_update_over_a_manifest_that_cannot_be_read_leaves_nothing_of_it(tmp_path: Path) -> None:
+    record(tmp_path)
+    for path in tmp_path.iterdir():  # of another address, and cut off
+        stem, _, rest = path.name.partition(".bfloat16.")
+        path.rename(tmp_path / f"{stem}.bfloat16.{'0' * 12}{rest[12:]}")
+    next(tmp_path.glob("*.json")).write_bytes(b"")
+    assert record(tmp_path)["records"][0]["state"] == "different"
+    assert record(tmp_path, update=True)["records"][0]["state"] == "replaced"
+    assert listing(tmp_path, None)["outcome"] == "OK"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_another_environment_is_held_to_the_function_and_not_to_bits(tmp_path: Path) -> None:
     record(tmp_path, full=True)
     (entry,) = scan(tmp_path)
@@ -269,7 +294,7 @@ FAULT = "builtin:llama-tiny+wrong_kv_head"
 
 def test_what_cannot_be_recorded_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
     CHANGES["how"] = "nan"
-    with pytest.raises(SubjectError, match="not finite anywhere"):
+    with pytest.raises(SubjectError, match="TP=1 returns no finite number"):
         record(tmp_path)
     with pytest.raises(TPCheckError, match="there is no fault"):
         golden_record("builtin:llama-tiny+nonsense", tmp_path, **SIM)

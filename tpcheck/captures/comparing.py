@@ -55,6 +55,11 @@ class Settings:
         """How many ranks recorded, or should have."""
         return len(self.actual.ranks)
 
+    @property
+    def recorded_order(self) -> tuple[str, ...]:
+        """The order that a recorder wrote down, if one did."""
+        return self.expected.order or self.actual.order
+
 
 def diff(
     expected: Source | Sequence[Source],
@@ -82,7 +87,7 @@ def diff(
             (captures/shard_map.py). Without it sizes decide, and the choice is reported.
         tolerance: how far which tensor may be off: a TOML file or a dict (captures/tolerances.py).
         order: a file, or a list, of names and patterns; default: the order that the recorder wrote
-            into the files' metadata, else by name, numbers by their value.
+            into the files' metadata, else that in which decoders run, as far as names tell it.
         oracle: TP=1 in a wider dtype: tolerances are derived from TP=1's own error against it.
         atol: absolute tolerance of every tensor; not together with `tolerance` or `oracle`.
         rtol: relative tolerance of every tensor.
@@ -135,33 +140,23 @@ def diff(
             " one by one"
         )
     names, notes = _names(settings, order)
-    verdicts: list[Verdict] = []
-    first: Verdict | None = None
-    for number, one in enumerate(_verdicts(settings, names), 1):
-        if one.first_divergence is not None:
-            if first is None:
-                first = one
-            else:
-                one = replace(one, first_divergence=None)
+    verdicts = []
+    for number, one in enumerate(_judged(settings, names), 1):
         verdicts.append(one)
         if on_tensor is not None:
             on_tensor(one)
         if progress is not None:
             progress(number, max(len(names), number), one.case_id)
-    found_none = all(one.outcome == PASS for one in verdicts)
-    if found_none and not any(one.checks["allclose"].facts.get("finite") for one in verdicts):
-        verdicts.append(
-            problem_verdict(
-                "(everything)", settings.tp_size, NOTHING, repro="", outcome="INCONCLUSIVE"
-            )
-        )
+    verdicts += _nothing_compared(settings, verdicts)
+    notes += [*_rule_notes(settings, names), *_passed_notes(settings, verdicts)]
+    notes += _order_notes(settings, verdicts) if order is None else []
     return Report(
         subject=f"{settings.expected.name} against {settings.actual.name}",
         verdicts=tuple(verdicts),
         environment=collect(backend="capture"),
         path=Carrier("capture", {}, False, ("recorded files: nothing was run",)),
         tpcheck=tpcheck_version(),
-        notes=(*notes, *_rule_notes(settings, names), *_passed_notes(settings, verdicts)),
+        notes=tuple(notes),
         created=utc_now(),
     )
 
@@ -191,9 +186,10 @@ def _captures(
     if third is not None and len(third.ranks) > 1:
         raise TPCheckError(f"{third.name}: {len(third.ranks)} ranks recorded, but should be TP=1")
     if len(one.ranks) > 1 and len(one.ranks) != len(other.ranks):
+        also = f", or {len(other.ranks)} as in {other.name}" if len(other.ranks) > 1 else ""
         raise TPCheckError(
-            f"{one.name}: {len(one.ranks)} ranks recorded, but should be 1, or"
-            f" {len(other.ranks)} as in {other.name}: record EXPECTED at TP=1"
+            f"{one.name}: {len(one.ranks)} ranks recorded, but should be 1{also}: record EXPECTED"
+            " at TP=1"
         )
     return one, other, third
 
@@ -205,8 +201,7 @@ def _names(
     names = settings.expected.names | settings.actual.names
     notes = [*settings.expected.notes, *settings.actual.notes]
     if order is None:
-        recorded = settings.expected.order or settings.actual.order
-        return in_order(names, recorded, patterns=False)[0], notes
+        return in_order(names, settings.recorded_order, patterns=False)[0], notes
     if isinstance(order, str | Path):
         lines = read_order(order)
     else:
@@ -215,6 +210,23 @@ def _names(
             compile_pattern(line, f"order[{i}]")
     found, idle = in_order(names, lines)
     return found, notes + [f"order: {line!r} is the name of no tensor" for line in idle]
+
+
+def _judged(settings: Settings, names: Sequence[str]) -> Iterator[Verdict]:
+    """Judge everything; only what differs first keeps its divergence."""
+    found_first = False
+    for one in _verdicts(settings, names):
+        yield replace(one, first_divergence=None) if found_first else one
+        found_first = found_first or one.first_divergence is not None
+
+
+def _nothing_compared(settings: Settings, verdicts: Sequence[Verdict]) -> list[Verdict]:
+    failed = any(one.outcome != PASS for one in verdicts)
+    if failed or any(one.checks["allclose"].facts.get("finite") for one in verdicts):
+        return []
+    return [
+        problem_verdict("(everything)", settings.tp_size, NOTHING, repro="", outcome="INCONCLUSIVE")
+    ]
 
 
 def _verdicts(settings: Settings, names: Sequence[str]) -> Iterator[Verdict]:
@@ -317,6 +329,17 @@ def _passed_notes(settings: Settings, verdicts: Sequence[Verdict]) -> list[str]:
     if empty:
         notes.append(f"{_listed(empty)}: no element is finite, on either side")
     return notes
+
+
+def _order_notes(settings: Settings, verdicts: Sequence[Verdict]) -> list[str]:
+    """Say where the first of several that differ is known by its name alone."""
+    off = sum(one.outcome != PASS for one in verdicts)
+    if off < 2 or settings.recorded_order:
+        return []
+    return [
+        "no file says in which order tensors were made: they stand as a decoder's names run, and"
+        " the first that differs is the first of those; --order says it otherwise"
+    ]
 
 
 _NO_CHECK = Check(PASS)

@@ -257,7 +257,7 @@ def _allclose(task: Task, found: Measured) -> tuple[Check, int | None, str]:
         rank, detail = _explained(task, found, off, rank)
     blame = _of_ranks(off, task) if off else ""
     blame += f"; {detail}" if detail else ""
-    facts = {"layout": found.layout.text, "ranks": off}
+    facts = {"layout": found.layout.text, "ranks": off, "blamed_rank": rank, "detail": detail}
     if found.total.limit.partial_bound and found.layout.kind == "partial-sum":
         limit = replace(limit, bits=False, atol=None, source=_SUM_SOURCE)
     if numel(task.expected) == 0:

@@ -2,7 +2,7 @@
 
 Requirement: geometry is settled before a value is read. A layout is a list of spans along one dim;
 what a shard map says is held against every rank's shape, and what does not fit is a sentence that
-names the rank. Without a map the sizes decide, as in localization's [Undeclared Placements]: whole
+names the rank. Without a map the sizes decide, as in reconciliation: [Undeclared Placements]: whole
 tensors are copies (or terms of a sum, which their values tell), else pieces along the one dim
 whose sizes add up: pieces that are no whole tensors differ from it in one dim only.
 """
@@ -135,15 +135,18 @@ def _infer(shape: Shape, shapes: Mapping[int, Shape], lacking: bool) -> Settled:
         return Settled(_along(shape, dims[0], widths, _consecutive(widths), said=False))
     listed = ", ".join(str(list(shapes[rank])) for rank in ranks[:4])
     more = ", ..." if len(ranks) > 4 else ""
-    sums = [sum(other[i] if i < len(other) else 0 for other in shapes.values()) for i in range(9)]
-    padded = [
-        dim
-        for dim in range(len(shape))
-        if sums[min(dim, 8)] > shape[dim] and _others_fit(dim, shape, list(shapes.values()))
-    ]
-    hint = f" (padding along dim {padded[0]}?)" if padded else ""
-    text = f"the ranks' shapes {listed}{more} do not make up {list(shape)}{hint}"
-    return Settled(None, (f"{text}; say how in a shard map",))
+    text = f"the ranks' shapes {listed}{more} do not make up {list(shape)}"
+    return Settled(None, (f"{text}{_hint(shape, list(shapes.values()))}; say how in a shard map",))
+
+
+def _hint(shape: Shape, locals_: Sequence[Shape]) -> str:
+    """Say what may explain pieces that are more than the whole."""
+    for dim, size in enumerate(shape):
+        held = sum(one[dim] for one in locals_) if _others_fit(dim, shape, locals_) else 0
+        if held > size:
+            several = f"copies = {held // size}" if size and held % size == 0 else "padding"
+            return f" ({several} along dim {dim}?)"
+    return ""
 
 
 def _others_fit(dim: int, shape: Shape, locals_: Sequence[Shape]) -> bool:

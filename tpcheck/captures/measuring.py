@@ -110,10 +110,7 @@ class Tally:
         self.elements += expected.numel()
         same = actual.dtype == expected.dtype
         if same and torch.equal(bits_of(actual), bits_of(expected)):
-            want = as_float64(expected)
-            finite = want.isfinite()
-            self.count += int(finite.sum())
-            self.square_expected += float(torch.where(finite, want, 0.0).square().sum())
+            self._add_equal(expected)
             return
         found = compare(actual, expected, dtype=self.dtype)
         width = 2 if actual.is_complex() or expected.is_complex() else 1
@@ -133,6 +130,7 @@ class Tally:
         else:
             # subtracted as in `compare`: what is required is then what passes, to the last bit
             bad = masks | ((error - slack > (limit.atol or 0.0)) & limit.elementwise)
+        any_bad = bool(bad.any())
         self.count += found.count
         self.masks += int(masks.sum())
         self.mismatches += int(bad.sum())
@@ -144,21 +142,27 @@ class Tally:
         off = error > 0
         if bool(off.any()):
             self.max_rtol = max(self.max_rtol, float((error[off] / size[off]).max()))
-        at = _worst_of(error, masks, bad if bool(bad.any()) else differs | masks)
+        at = _worst_of(error, masks, bad if any_bad else differs | masks)
         row, column = divmod(at, got.shape[1])
-        weight = math.inf if bool(masks.flatten()[at]) else float(error.flatten()[at])
+        worst = Worst(
+            start + row * stride + column // width,
+            float(error.flatten()[at]),
+            _plain(actual, at),
+            _plain(expected, at),
+            float((error / ulps).flatten()[at]),
+        )
+        weight = math.inf if bool(masks.flatten()[at]) else worst.error
         if self.worst is None or weight > self.weight:
-            self.weight = weight
-            self.worst = Worst(
-                start + row * stride + column // width,
-                float(error.flatten()[at]),
-                _plain(actual, at),
-                _plain(expected, at),
-                float((error / ulps).flatten()[at]),
-            )
-        if bool(bad.any()):
+            self.weight, self.worst = weight, worst
+        if any_bad:
             rows, columns = bad.nonzero().T
             self._widen(start + rows * stride + columns // width)
+
+    def _add_equal(self, expected: torch.Tensor) -> None:
+        want = as_float64(expected)
+        finite = want.isfinite()
+        self.count += int(finite.sum())
+        self.square_expected += float(torch.where(finite, want, 0.0).square().sum())
 
     def freeze(self) -> Measure:
         """Return the numbers of everything added."""

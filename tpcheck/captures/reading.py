@@ -77,8 +77,9 @@ def read_capture(
         if not source:
             raise TPCheckError("a capture of no ranks: should hold at least one")
         parts = [read_capture(one, rank_pattern=NO_RANKS) for one in source]
+        name = "(1 rank)" if len(parts) == 1 else f"({len(parts)} ranks)"
         return Capture(
-            f"({len(parts)} ranks)" if "(tensors)" in {p.name for p in parts} else parts[0].name,
+            name if "(tensors)" in {p.name for p in parts} else parts[0].name,
             tuple(part.ranks[0] for part in parts),
             per_rank=True,
             problems=tuple(

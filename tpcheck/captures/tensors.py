@@ -138,7 +138,7 @@ def byte_count(tensor: Tensor) -> int:
 
 def has_rounding(dtype: str) -> bool:
     """Say whether a dtype holds rounded numbers: only then does a tolerance make sense."""
-    return dtype in _FLOATS.values()
+    return dtype in _FLOATS.values() or dtype.startswith("complex")
 
 
 def bits_of(values: torch.Tensor) -> torch.Tensor:

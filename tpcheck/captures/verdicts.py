@@ -68,12 +68,13 @@ def allclose_check(
         facts: more of them.
     """
     found = measure.comparison
+    hopeless = found.mask_mismatches or (integers and found.mismatches)  # whatever is tolerated
     numbers = {
         "atol": limit.atol or 0.0,
         "rtol": limit.rtol or 0.0,
-        "required_atol": None if found.mask_mismatches else found.required_atol,
-        "required_rtol": None if found.mask_mismatches else measure.required_rtol,
-        "required_ulp": None if found.mask_mismatches else measure.max_ulp,
+        "required_atol": None if hopeless else found.required_atol,
+        "required_rtol": None if hopeless else measure.required_rtol,
+        "required_ulp": None if hopeless else measure.max_ulp,
         "relative_rms": relative_rms,
         "limit": limit.text,
         "source": limit.source,

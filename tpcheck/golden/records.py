@@ -20,7 +20,7 @@ from typing import Any
 from tpcheck.errors import TPCheckError
 from tpcheck.json_reader import JsonReader, refuse
 
-SCHEMA = "tpcheck.golden/1"
+SCHEMA = "tpcheck.golden/2"
 
 Json = dict[str, Any]
 Named = tuple[str, str]

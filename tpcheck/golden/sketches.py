@@ -4,11 +4,12 @@ Requirement: a record of a few kilobytes in which a change at any position shows
 can read. So every position keeps its rms, how many of its values are not finite, and a sketch; and
 a few positions keep their largest logits with their indices.
 
-[Sketch] SIGNS sums of a position's logits, each with signs of its own, over the root of their
-count. A difference d of two tensors moves each sum by one with mean 0 and variance |d|^2 / V, so
-that relative rms and ratios of errors can be read from sketches as from the tensors, and what one
-element changes moves every sum: no logit is left out. Two logits that change places stay unseen
-where all their signs agree, once in 2^16 pairs.
+[Sketch] SUMS sums of a position's logits, each with weights of its own, over the root of their
+count. Weights have random signs, random sizes of mean square 1, and none is 0. So a difference d of
+two tensors moves each sum by one with mean 0 and variance |d|^2 / V, relative rms and ratios of
+errors can be read from sketches as from the tensors, and what one element changes moves every sum:
+no logit is left out. Two logits that change places stay unseen where all their weights are equal,
+once in 2^128 pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from functools import lru_cache
 
 import torch
 
-SIGNS = 16
+SUMS = 16
 TOP = 8
 """Logits kept of a chosen position: its largest in the oracle."""
 
@@ -30,10 +31,12 @@ MAX_ROWS = 8
 
 _AT_ONCE = 1 << 22
 
+_ROOT_MEAN_SQUARE = math.sqrt(sum(size**2 for size in range(128, 256)) / 128)
+
 
 @dataclass(frozen=True, slots=True)
 class Sketch:
-    """Of logits [..., vocab], as P positions: float64 [P, SIGNS]; float64 [P]; int32 [P, 3].
+    """Of logits [..., vocab], as P positions: float64 [P, SUMS]; float64 [P]; int32 [P, 3].
 
     `strange` counts NaN, +inf and -inf; the rest is of what is finite.
     """
@@ -70,21 +73,22 @@ def _sketch(rows: torch.Tensor) -> Sketch:
     strange = torch.stack([kind.sum(1) for kind in kinds], 1).to(torch.int32)
     held = torch.where(values.isfinite(), values, 0.0)
     vocab = max(1, rows.shape[1])
-    sums = held @ signs(rows.shape[1]) / math.sqrt(vocab)
+    sums = held @ sketch_weights(rows.shape[1]) / math.sqrt(vocab)
     return Sketch(sums, (held.square().sum(1) / vocab).sqrt(), strange)
 
 
 @lru_cache(maxsize=4)
-def signs(vocab: int) -> torch.Tensor:
-    """Return the signs of SIGNS sums over `vocab` logits, float64 [vocab, SIGNS].
+def sketch_weights(vocab: int) -> torch.Tensor:
+    """Return the weights of SUMS sums over `vocab` logits, float64 [vocab, SUMS].
 
-    Bits of SHAKE-128, least significant first, so that they are the same in every version of
-    everything.
+    Bytes of SHAKE-128, so that they are the same in every version of everything: one bit is the
+    sign, seven say a size of 128 to 255, in units of what makes the mean square 1.
     """
-    drawn = hashlib.shake_128(b"tpcheck golden signs/1").digest(vocab * SIGNS // 8)
-    flat = torch.frombuffer(bytearray(drawn or b"\0"), dtype=torch.uint8)[: vocab * SIGNS // 8]
-    bits = (flat.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.reshape(vocab, SIGNS).to(torch.float64) * 2 - 1
+    drawn = hashlib.shake_128(b"tpcheck golden weights/2").digest(vocab * SUMS)
+    # torch makes no tensor of an empty buffer
+    flat = torch.frombuffer(bytearray(drawn + b"\0"), dtype=torch.uint8)[:-1]
+    raw = flat.reshape(vocab, SUMS).to(torch.float64)
+    return torch.where(raw < 128, raw + 128, -raw) / _ROOT_MEAN_SQUARE
 
 
 def chosen_positions(shape: Sequence[int], key: str) -> list[int]:

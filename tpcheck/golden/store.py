@@ -19,7 +19,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,12 +63,8 @@ def scan(folder: Path) -> tuple[Entry, ...]:
     """
     names = _names(folder)
     entries = [_entry(folder, name) for name in names if name.endswith(".json")]
-    named = {entry.golden.data.file for entry in entries if entry.golden is not None}
-    entries += [
-        Entry(name, "leftover", None, "no record names it")
-        for name in names
-        if _DATA.fullmatch(name) and name not in named
-    ]
+    left = _unnamed(names, {entry.file: entry.golden for entry in entries})
+    entries += [Entry(name, "leftover", None, "no record names it") for name in left]
     entries += [Entry(name, "temporary") for name in names if _TEMPORARY.fullmatch(name)]
     return tuple(sorted(entries, key=lambda entry: entry.file))
 
@@ -138,7 +134,7 @@ def prepare(folder: Path) -> None:
         assert_writable(folder / "record.json")
 
 
-def write(folder: Path, golden: Golden, data: bytes, *, instead_of: Sequence[Golden] = ()) -> None:
+def write(folder: Path, golden: Golden, data: bytes, *, instead_of: Sequence[Entry] = ()) -> None:
     """Write a record, then remove those it takes the place of. Call it within `locked`.
 
     Raises:
@@ -158,9 +154,7 @@ def write(folder: Path, golden: Golden, data: bytes, *, instead_of: Sequence[Gol
     for old in instead_of:
         if old.file != golden.file:
             _remove(folder / old.file)
-        if old.data.file != golden.data.file:
-            _remove(folder / old.data.file)
-    _clean(folder)
+    _clean(folder)  # and with it the data that only those named
 
 
 @contextlib.contextmanager
@@ -237,21 +231,30 @@ def _names(folder: Path) -> list[str]:
 
 
 def _clean(folder: Path) -> None:
-    """Remove [Leftovers]; data stays where a manifest of its stem cannot be read."""
-    named: set[str] = set()
-    broken: set[str] = set()
+    """Remove [Leftovers]."""
     names = _names(folder)
+    goldens: dict[str, Golden | None] = {}
     for name in names:
         if _MANIFEST.fullmatch(name):
             try:
-                named.add(read_manifest(folder / name).data.file)
+                goldens[name] = read_manifest(folder / name)
             except TPCheckError:
-                broken.add(name.removesuffix(".json"))
-    for name in names:
-        stem = name.removesuffix(".safetensors").rpartition(".")[0]
-        left = _DATA.fullmatch(name) and name not in named and stem not in broken
-        if left or _TEMPORARY.fullmatch(name):
-            _remove(folder / name)
+                goldens[name] = None
+    for name in (*_unnamed(names, goldens), *filter(_TEMPORARY.fullmatch, names)):
+        _remove(folder / name)
+
+
+def _unnamed(names: Sequence[str], goldens: Mapping[str, Golden | None]) -> list[str]:
+    """Return the data that no manifest names; one of its stem that cannot be read may well do."""
+    named = {golden.data.file for golden in goldens.values() if golden is not None}
+    broken = {name.removesuffix(".json") for name, golden in goldens.items() if golden is None}
+    return [
+        name
+        for name in names
+        if _DATA.fullmatch(name)
+        and name not in named
+        and name.removesuffix(".safetensors").rpartition(".")[0] not in broken
+    ]
 
 
 def _remove(path: Path) -> None:

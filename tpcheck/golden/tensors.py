@@ -14,7 +14,7 @@ import torch
 from tpcheck.errors import TPCheckError
 from tpcheck.golden.records import SCHEMA, Golden, Logits
 from tpcheck.golden.sketches import (
-    SIGNS,
+    SUMS,
     TOP,
     Sketch,
     as_positions,
@@ -31,7 +31,7 @@ _Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a record keeps of one input. `oracle` and the tops are None where there is no oracle.
+    """What a record holds a subject to. `oracle` and `top_oracle` are None where there is none.
 
     positions, top: where logits were kept, and which; top_oracle: their values. argmax: of the
     deployed logits, per position. whole_*: everything, in a full record.
@@ -41,7 +41,6 @@ class Kept:
     argmax: torch.Tensor
     positions: list[int]
     top: torch.Tensor
-    top_deployed: torch.Tensor
     oracle: Sketch | None
     top_oracle: torch.Tensor | None
     whole_deployed: torch.Tensor | None
@@ -135,7 +134,6 @@ def _kept(tensors: Tensors, key: str, one: Logits, golden: Golden) -> Kept:
         argmax=tensors[f"{key}.deployed.argmax"],
         positions=positions,
         top=top,
-        top_deployed=tensors[f"{key}.top.deployed"],
         oracle=read("oracle") if exact else None,
         top_oracle=tensors[f"{key}.top.oracle"] if exact else None,
         whole_deployed=tensors.get(f"{key}.deployed"),
@@ -157,7 +155,7 @@ def _layout(key: str, one: Logits, golden: Golden) -> _Layout:
         f"{key}.top.deployed": (narrow, few),
     }
     for name in ("deployed", *exact):
-        layout[f"{key}.{name}.sums"] = ("float64", (positions, SIGNS))
+        layout[f"{key}.{name}.sums"] = ("float64", (positions, SUMS))
         layout[f"{key}.{name}.rms"] = ("float64", (positions,))
         layout[f"{key}.{name}.strange"] = ("int32", (positions, 3))
     if exact:

@@ -33,6 +33,9 @@ _NAME_WIDTH = 34
 _ON_A_PAGE = ("dtype", "relative\nrms")
 """Columns that a terminal of 110 has no room for; failing tensors say them below."""
 
+_NOT_IN_A_LINE = ("decides", "layout", "blamed_rank")
+"""Facts that a line of `--jsonl` has under another name, or that are the same in all."""
+
 _FACTS = ("required_atol", "required_rtol", "required_ulp", "relative_rms")
 _FACT_NAMES = {
     "required_atol": "atol",
@@ -146,9 +149,9 @@ def jsonl_record(verdict: Verdict) -> dict[str, Any]:
         "reasons": list(verdict.reasons),
         "layout": layout,
         "first_divergence": first is not None,
-        "rank": first.rank if first is not None else None,
+        "rank": first.rank if first is not None else facts.get("blamed_rank"),
         "region": first.index if first is not None else "",
-        **{name: value for name, value in facts.items() if name not in ("decides", "layout")},
+        **{name: value for name, value in facts.items() if name not in _NOT_IN_A_LINE},
     }
 
 
@@ -190,13 +193,17 @@ def _next(finding: Finding) -> str:
         return "record the same tensors, in the same dtype, on both sides"
     if "tiling" in failed:
         return "say how the ranks' tensors make up the whole one with --shard-map"
-    first = verdict.first_divergence
-    if first is not None and first.detail:
+    facts = _facts(verdict)
+    if facts.get("detail"):
         return "look at what that rank does there: rounding does not look like this"
     if "rank_agreement" in failed:
         return "look at what makes ranks differ, or say partial-sum in --shard-map if they should"
-    if chosen and "allclose" in failed and str(_facts(verdict).get("layout")).startswith("Shard"):
+    if chosen and "allclose" in failed and str(facts.get("layout")).startswith("Shard"):
         return "if parts are fused or ranks stand in another order there, say so with --shard-map"
+    if facts.get("mask_mismatches"):
+        return "look at where NaN or Inf comes from: no tolerance covers it"
+    if facts.get("required_atol") is None:
+        return "look at what makes them differ: whole numbers and bools know no tolerance"
     return "give --tolerance, --atol or --oracle if that is only rounding"
 
 
@@ -233,7 +240,8 @@ def _row(verdict: Verdict, width: int) -> tuple[str, ...]:
     facts, name = _facts(verdict), _one_line(printable(verdict.case_id))
     compared = "count" in facts
     ranks = facts.get("ranks") or ()
-    rank = verdict.first_divergence.rank if verdict.first_divergence else None
+    first = verdict.first_divergence
+    rank = first.rank if first is not None else facts.get("blamed_rank")
     return (
         name if len(name) <= width else f"...{name[3 - width :]}",
         str(facts.get("layout") or ""),
@@ -252,7 +260,7 @@ def _needed(verdicts: Sequence[Verdict]) -> str:
     """Write the smallest tolerances, each alone, that let every value of these pass."""
     found: list[str] = []
     facts = [one for one in map(_facts, verdicts) if one.get("count")]
-    if any(one.get("mask_mismatches") for one in facts) or not facts:
+    if not facts or any(one.get("required_atol") is None for one in facts):
         return ""
     for key in _FACTS:
         values = [one.get(key) for one in facts]

@@ -14,7 +14,7 @@ from tabulate import tabulate
 
 Record = Mapping[str, Any]
 
-_BAD = ("different", "corrupt", "unknown schema", "missing data", "missing", "leftover")
+_KEPT = {True: "all", False: "small", None: ""}
 
 
 def render_recording(found: Record) -> str:
@@ -46,11 +46,11 @@ def render_recording(found: Record) -> str:
 def render_listing(found: Record) -> str:
     """Return the records of a folder, the broken ones explained below."""
     rows: Sequence[Record] = found["records"]
-    bad = sum(row["state"] in _BAD for row in rows)
-    head = f"{found['outcome']}: {len(rows)} record{'' if len(rows) == 1 else 's'}"
-    head += f" in {found['directory']}" + (f", {bad} of them no good" if bad else "")
     if not rows:
         return f"{found['outcome']}: there is no record in {found['directory']}"
+    bad = sum(row["state"] != "ok" for row in rows)
+    head = f"{found['outcome']}: {_counted(len(rows), 'record')} in {found['directory']}"
+    head += f", {bad} of them no good" if bad else ""
     columns = ("subject", "case", "dtype", "state", "kept", "data", "torch", "created")
     table = [
         (
@@ -58,7 +58,7 @@ def render_listing(found: Record) -> str:
             _short(row.get("case", "")),
             row.get("dtype", ""),
             row["state"],
-            {True: "all", False: "small"}.get(row.get("full"), ""),  # type: ignore[arg-type]
+            _KEPT[row.get("full")],
             _size(row.get("bytes")),
             row.get("torch") or "",
             row.get("created", ""),
@@ -67,8 +67,13 @@ def render_listing(found: Record) -> str:
     ]
     lines = [head, "", *_table(table, columns), *_problems(rows, "problem")]
     if found["temporary"]:
-        lines += ["", f"note: not read, left by a killed recorder: {found['temporary']} files"]
+        files = _counted(found["temporary"], "file")
+        lines += ["", f"note: not read, left by a killed recorder: {files}"]
     return "\n".join(lines)
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _table(rows: Sequence[tuple[str, ...]], headers: Sequence[str]) -> list[str]:
