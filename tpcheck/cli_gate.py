@@ -64,6 +64,8 @@ def gate(
     if policy is None:
         raise TPCheckError("--policy is missing; it names the TOML file that says what to prove")
     read = {str(report): report, "--policy": policy, "--sign": sign}
+    if sign is not None:
+        read[f"{sign}.pub"] = Path(f"{sign}.pub")
     receipts.assert_apart({**own, "--receipt": receipt}, read)
     outputs.assert_writable()
     if receipt is not None:
@@ -106,5 +108,5 @@ def decide_and_show(
         write_text(render_gate_markdown(found), outputs.markdown)
     outputs.publish(found, render_gate(found), quiet=quiet)
     if receipt is not None:
-        receipts.store(made, receipt)
+        receipts.store(made, receipt, quiet=quiet)
     return EXIT_CODES[PASS if decision.allowed else "WRONG"]

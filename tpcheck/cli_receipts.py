@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tpcheck.cli_options import DType
-from tpcheck.cli_output import Outputs, print_error, print_result
+from tpcheck.cli_output import Outputs, is_stdout, print_error, print_result
 from tpcheck.errors import GateRefused, TPCheckError
 from tpcheck.files import assert_writable, read_bounded
 from tpcheck.records import EXIT_CODES, PASS, Report
@@ -168,7 +168,7 @@ def prepare(receipt: Path, key: Path | None) -> None:
         TPCheckError: names the file and what is wrong with it.
     """
     assert_writable(receipt)
-    if os.path.exists(receipt) and not os.path.isfile(receipt):
+    if is_stdout(receipt) or (os.path.exists(receipt) and not os.path.isfile(receipt)):
         raise TPCheckError(f"--receipt={receipt}: is no regular file, but should be one")
     if key is not None:
         from tpcheck.deployment_gate.signing import assert_usable
@@ -193,20 +193,25 @@ def issue(
     return receipt if key is None else sign(receipt, key)
 
 
-def store(receipt: Receipt | None, path: Path) -> None:
-    """Write the receipt, or say that there is none."""
-    from tpcheck.deployment_gate.receipts import write_receipt
+def store(receipt: Receipt | None, path: Path, *, quiet: bool) -> None:
+    """Write the receipt and say where it is, or that there is none."""
+    from tpcheck.deployment_gate.receipts import shown_time, write_receipt
 
-    if receipt is not None:
-        write_receipt(receipt, path)
-        if receipt.signature is None:
-            print_error(f"note: {path} is unsigned, so no server starts by it; use --sign KEY")
-    elif os.path.exists(path):
-        print_error(f"note: refused, so no receipt was written; {path} is an earlier one")
+    if receipt is None:
+        if os.path.exists(path):
+            print_error(f"note: refused, so no receipt was written; {path} is an earlier one")
+        return
+    write_receipt(receipt, path)
+    if receipt.signature is None:
+        print_error(f"note: {path} is unsigned, so no server starts by it; use --sign KEY")
+    elif not quiet:
+        key, until = receipt.signature.key[:16], shown_time(receipt.expires)
+        print_error(f"note: {path} is signed by the key {key}..., and good until {until}")
 
 
 def verify_and_show(start: Start, outputs: Outputs, *, quiet: bool) -> int:
     """Say whether a server may start, and return the exit code."""
+    from tpcheck.deployment_gate.receipts import shown_time
     from tpcheck.deployment_gate.requiring import require
 
     receipt, model, tp_size = start.receipt, start.model, start.tp_size
@@ -226,8 +231,8 @@ def verify_and_show(start: Start, outputs: Outputs, *, quiet: bool) -> int:
             paranoid=start.paranoid,
         )
         tested = [row for row in held.tested if row["tp_size"] == tp_size]
-        text = f"ALLOWED: {model} at tp_size={tp_size}, by {receipt}, until"
-        text += f" {held.expires:%Y-%m-%d %H:%M:%S} UTC"
+        until = shown_time(held.expires)
+        text = f"ALLOWED: {model} at tp_size={tp_size}, by {receipt}, until {until}"
         for row in tested:
             lengths = ", ".join(map(str, row["lengths"])) or "of its own"
             text += f"\n  tested: {row['dtype']}, batch {row['batch']}, lengths {lengths}"

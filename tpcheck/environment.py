@@ -17,17 +17,17 @@ from tpcheck.machine import (
     driver_version,
     nccl_settings,
     nccl_version,
+    package_version,
     visible_gpus,
     without_secret,
 )
-from tpcheck.machine import package_version as _version
 
 ENV_PREFIXES = ("NCCL_", "TORCH_", "GLOO_", "CUBLAS_", "NVIDIA_TF32_", "OMP_NUM_THREADS", "MKL_")
 
 
 def tpcheck_version() -> str:
     """Return the installed version of tpcheck, `0+unknown` when it runs uninstalled."""
-    return _version("tpcheck") or "0+unknown"
+    return package_version("tpcheck") or "0+unknown"
 
 
 def utc_now() -> str:
@@ -50,8 +50,8 @@ def collect(*, backend: str = "", device: str = "cpu") -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": _cores(),
-        "numpy": _version("numpy"),
-        "transformers": _version("transformers"),
+        "numpy": package_version("numpy"),
+        "transformers": package_version("transformers"),
         **_torch_facts(device),
         "variables": _variables(),
         "nccl_settings": nccl_settings(),

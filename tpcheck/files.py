@@ -12,6 +12,8 @@ import os
 import shlex
 import stat
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -30,30 +32,27 @@ _MAX_DOTS = 100
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
     """Replace the file at `path` by `text` and a newline in one step.
 
-    Links are followed. What is there and not a file (a pipe, /dev/stdout) is written to as it is.
+    Links are followed. What is there and not a file (a pipe, /dev/stdout) is written to as it is;
+    so is a file that is a mount of its own, as containers have them: it cannot be replaced.
 
     Raises:
         TPCheckError: the file cannot be written; names the path.
     """
-    target = Path(os.path.realpath(path))
     data = (text.rstrip("\n") + "\n").encode("utf-8", errors="backslashreplace")
-    try:
+    with _naming(path, "written"):
         if _is_no_file(path):
             Path(path).write_bytes(data)
             return
-        spare = _spare_name(target)
-        try:
-            with spare.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+        target = Path(os.path.realpath(path))
+        with _beside(target, data, 0o666) as spare:
             if target.exists():
                 spare.chmod(stat.S_IMODE(target.stat().st_mode))
-            spare.replace(target)
-        finally:
-            spare.unlink(missing_ok=True)
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
+            try:
+                spare.replace(target)
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                target.write_bytes(data)
 
 
 def write_bytes(data: bytes, path: str | os.PathLike[str]) -> None:
@@ -63,20 +62,14 @@ def write_bytes(data: bytes, path: str | os.PathLike[str]) -> None:
         TPCheckError: the file cannot be written; names the path, and leaves nothing there.
     """
     target = Path(path)
-    spare = _spare_name(target)
-    try:
-        try:
-            _create(data, spare, 0o644)
+    with _naming(path, "written"):
+        with _beside(target, data, 0o644) as spare:
             spare.replace(target)
-        finally:
-            spare.unlink(missing_ok=True)
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(folder)
         finally:
             os.close(folder)
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def write_private_text(text: str, path: str | os.PathLike[str]) -> None:
@@ -85,16 +78,11 @@ def write_private_text(text: str, path: str | os.PathLike[str]) -> None:
     Raises:
         TPCheckError: the file cannot be written; names the path.
     """
-    target = Path(os.path.realpath(path))
-    spare = _spare_name(target)
-    try:
-        try:
-            _create(text.encode("utf-8", errors="backslashreplace"), spare, 0o600)
+    data = text.encode("utf-8", errors="backslashreplace")
+    with _naming(path, "written"):
+        target = Path(os.path.realpath(path))
+        with _beside(target, data, 0o600) as spare:
             spare.replace(target)
-        finally:
-            spare.unlink(missing_ok=True)
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def create_file(data: bytes, path: str | os.PathLike[str], *, mode: int = 0o644) -> None:
@@ -103,18 +91,11 @@ def create_file(data: bytes, path: str | os.PathLike[str], *, mode: int = 0o644)
     Raises:
         TPCheckError: something is there already, or the file cannot be written; names the path.
     """
-    target = Path(path)
-    spare = _spare_name(target)
-    try:
+    with _naming(path, "written"), _beside(Path(path), data, mode) as spare:
         try:
-            _create(data, spare, mode)
-            os.link(spare, target)  # unlike a rename, this never takes the place of another file
-        finally:
-            spare.unlink(missing_ok=True)
-    except FileExistsError as error:
-        raise TPCheckError(f"{path}: is there already and is not overwritten") from error
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
+            os.link(spare, path)  # unlike a rename, this never takes the place of another file
+        except FileExistsError as error:
+            raise TPCheckError(f"{path}: is there already and is not overwritten") from error
 
 
 def read_bounded(path: str | os.PathLike[str], most_bytes: int, *, private: bool = False) -> bytes:
@@ -128,25 +109,16 @@ def read_bounded(path: str | os.PathLike[str], most_bytes: int, *, private: bool
     Raises:
         TPCheckError: it cannot be read, is no regular file or is too large; names the path.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            mode = os.fstat(descriptor).st_mode
-            if not stat.S_ISREG(mode):
-                raise TPCheckError(f"{path}: is no regular file, but should be one")
-            if private and stat.S_IMODE(mode) & 0o077:
-                raise TPCheckError(
-                    f"{path}: has mode {stat.S_IMODE(mode):04o}, so that others can use it, but"
-                    f" should have 0600: chmod 600 {shlex.quote(os.fspath(path))}"
-                )
-            data = _content(file, most_bytes)
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a zero byte in the path
-        raise TPCheckError(f"{path!s:.80}: cannot be read: {error}") from error
-    if len(data) > most_bytes:
-        raise TPCheckError(f"{path}: is larger than {most_bytes} bytes")
-    return data
+    with _naming(path, "read"), open(os.fspath(path), "rb", opener=_not_waiting) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            raise TPCheckError(f"{path}: is no regular file, but should be one")
+        if private and stat.S_IMODE(mode) & 0o077:
+            raise TPCheckError(
+                f"{path}: has mode {stat.S_IMODE(mode):04o}, so that others can use it, but"
+                f" should have 0600: chmod 600 {shlex.quote(os.fspath(path))}"
+            )
+        return _content(file, most_bytes, path)
 
 
 def assert_writable(path: str | os.PathLike[str]) -> None:
@@ -155,19 +127,16 @@ def assert_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         TPCheckError: the file cannot be written; names the path.
     """
-    target = Path(os.path.realpath(path))
-    try:
+    with _naming(path, "written"):
+        target = Path(os.path.realpath(path))
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if _is_no_file(path):
             if not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
-        spare = _spare_name(target)
-        spare.open("xb").close()
-        spare.unlink()
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be written: {error.strerror}") from error
+        with _beside(target, b"", 0o666):
+            pass
 
 
 def is_file(path: str | os.PathLike[str]) -> bool:
@@ -184,7 +153,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         TPCheckError: the file cannot be read or is not JSON; names the path.
     """
-    data = _read(path, MAX_JSON_BYTES)
+    return json_of(_read(path, MAX_JSON_BYTES), path)
+
+
+def json_of(data: bytes, path: str | os.PathLike[str]) -> Any:
+    """Return the JSON value in the bytes of a file, as `read_json` does.
+
+    Raises:
+        TPCheckError: they are not JSON; names the path.
+    """
     try:
         return parse_json(data)
     except (ValueError, RecursionError) as error:
@@ -220,42 +197,57 @@ def _require_64_bits(value: Any) -> None:
             _require_64_bits(inner)
 
 
+@contextmanager
+def _naming(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turn what the system says against a file into a TPCheckError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise TPCheckError(f"{path}: cannot be {what}: {error.strerror or error}") from error
+    except ValueError as error:  # a zero byte in the path
+        raise TPCheckError(f"{os.fspath(path)!r:.80}: cannot be {what}: {error}") from error
+
+
+def _not_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes would hold us
+
+
 def _read(path: str | os.PathLike[str], most_bytes: int) -> bytes:
     """Return the content of a file, or of a pipe that the user named."""
-    try:
-        with open(path, "rb") as file:
-            data = _content(file, most_bytes)
-    except OSError as error:
-        raise TPCheckError(f"{path}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a zero byte in the path
-        raise TPCheckError(f"{os.fspath(path)!r:.80}: cannot be read: {error}") from error
-    if len(data) > most_bytes:
-        raise TPCheckError(f"{path}: is larger than {most_bytes} bytes")
-    return data
+    with _naming(path, "read"), open(os.fspath(path), "rb") as file:
+        return _content(file, most_bytes, path)
 
 
-def _content(file: BinaryIO, most_bytes: int) -> bytes:
-    """Read so many bytes and one, in pieces: Python takes the memory of what it is asked for."""
+def _content(file: BinaryIO, most_bytes: int, path: str | os.PathLike[str]) -> bytes:
+    """Read at most so many bytes, in pieces: Python takes the memory of what it is asked for."""
     pieces, left = [], most_bytes + 1
     while left and (piece := file.read(min(left, 1 << 20))):
         pieces.append(piece)
         left -= len(piece)
+    if not left:
+        raise TPCheckError(f"{path}: is larger than {most_bytes} bytes")
     return b"".join(pieces)
 
 
-def _create(data: bytes, path: Path, mode: int) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
-    with open(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(descriptor)
+@contextmanager
+def _beside(target: Path, data: bytes, mode: int) -> Iterator[Path]:
+    """Yield a file that holds the data and is on the disk; gone afterwards, unless it was moved.
+
+    It lies beside the target, because a file can be replaced in one step only on its own file
+    system.
+    """
+    spare = target.with_name(f".{target.name[:80]}.{uuid4().hex}.tmp")
+    try:
+        descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        yield spare
+    finally:
+        spare.unlink(missing_ok=True)
 
 
 def _is_no_file(path: str | os.PathLike[str]) -> bool:
     # asked of the path as given: /dev/stdout of a pipe resolves to a name that does not exist
     return os.path.exists(path) and not os.path.isfile(path)
-
-
-def _spare_name(target: Path) -> Path:
-    # beside the target, because a file can be replaced in one step only on its own file system
-    return target.with_name(f".{target.name[:80]}.{uuid4().hex}.tmp")

@@ -51,7 +51,7 @@ class JsonReader:
         value = self.value.get(key, default)
         if value is _MISSING:
             raise TPCheckError(f"{self.path}.{key} is missing, but should be {_named(kind)}")
-        return JsonReader(value, f"{self.path}.{key}", kind)
+        return JsonReader(value, f"{self.path}.{brief_name(key)}", kind)
 
     def get(self, key: str, kind: Any, default: Any = _MISSING) -> Any:
         """Return the value at `key` if it is of this kind."""
@@ -128,6 +128,16 @@ def brief(value: Any, most: int = 200) -> str:
     except (ValueError, RecursionError):  # more digits, or deeper, than Python writes
         text = f"a {type(value).__name__} that is too large to be written"
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def brief_name(name: str) -> str:
+    """Write a name of a file that nobody vouches for into a message: as it is if it is harmless.
+
+    Example:
+        >>> brief_name("drift"), brief_name("a\\nb")
+        ('drift', "'a\\\\nb'")
+    """
+    return name if name.isprintable() and len(name) <= 60 else brief(name, 60)
 
 
 def _named(kind: Any) -> str:

@@ -8,7 +8,8 @@ refuse then.
 [NCCL Settings] NCCL takes its variables from the environment, then from NCCL_CONF_FILE or
 .nccl.conf in the home that the password database names, HOME or not, then from /etc/nccl.conf; of
 a variable that stands twice the first counts (misc/param.cc). A file that nobody sees changes an
-algorithm as well as a variable does, so all three are read, as NCCL reads them.
+algorithm as well as a variable does, so all three are read, as NCCL reads them. Where a file lies
+changes nothing: NCCL_CONF_FILE itself is a setting only if what it names was not read.
 """
 
 from __future__ import annotations
@@ -85,8 +86,11 @@ def nccl_settings(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return every NCCL_ setting in force, from [NCCL Settings], without a secret's value."""
     named, home = environ.get("NCCL_CONF_FILE"), user_home()
     user = Path(named) if named else home and home / ".nccl.conf"
-    found = _conf(ETC) | (_conf(user) if user else {})
+    text = _text(user) if user else None
+    found = _conf(_text(ETC)) | _conf(text)
     found |= {name: value for name, value in environ.items() if name.startswith("NCCL_")}
+    if named and text is not None:
+        del found["NCCL_CONF_FILE"]
     return {name: without_secret(name, found[name]) for name in sorted(found)}
 
 
@@ -198,9 +202,10 @@ def _chosen(found: list[Gpu], wanted: str, order: str) -> tuple[str, ...] | None
     return tuple(gpu.model for gpu in chosen)
 
 
-def _conf(path: Path) -> dict[str, str]:
+def _conf(text: str | None) -> dict[str, str]:
+    """Return the settings in a file's text; none where there is no file."""
     found: dict[str, str] = {}
-    for line in (_text(path) or "").split("\n"):  # a line ends there and nowhere else
+    for line in (text or "").split("\n"):  # a line ends there and nowhere else
         name, equals, value = line.partition("=")
         if equals and not line.startswith("#") and name.startswith("NCCL_"):
             found.setdefault(name, value.removesuffix("\r"))

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.errors import TPCheckError
-from tpcheck.files import read_json, write_private_text
+from tpcheck.files import json_of, read_bounded, read_json, write_private_text
 
 CACHE_SCHEMA = "tpcheck.digests/1"
 
@@ -47,7 +47,9 @@ generation_config.json, chat templates."""
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _SETTLED_NS = 2_000_000_000
 _MAX_KEPT = 10_000
-_MAX_INDEX_BYTES = 256 * 2**20
+_MAX_JSON_BYTES = 256 * 2**20
+"""Of an index or an adapter's config: a larger file is neither."""
+
 _READERS = 8
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -71,6 +73,13 @@ class ModelDigest:
     config_sha256: str
     weights_sha256: str
     files: tuple[FileDigest, ...]
+
+    def named(self) -> dict[str, str]:
+        """Return each file's SHA-256 under its name, written so that JSON can hold it."""
+        return {
+            os.fsencode(one.name).decode(errors="backslashreplace"): one.sha256
+            for one in self.files
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +185,10 @@ def default_cache() -> Path | None:
 
 def _names(root: Path) -> tuple[list[str], list[str]]:
     """Return the names that count, sorted: configs and code, then weights and their index."""
-    if not root.is_dir():
-        raise TPCheckError(f"{root}: is no directory, but should be a model's")
     try:
         present = sorted(os.listdir(root))
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # ValueError: a zero byte
+        raise TPCheckError(f"{root}: is no directory, but should be a model's") from error
     except OSError as error:
         raise TPCheckError(f"{root}: cannot be listed: {error.strerror}") from error
     configs = [name for name in present if name in CONFIG_FILES or name.endswith(".py")]
@@ -200,9 +209,7 @@ def _require_shards(root: Path, weights: Iterable[str]) -> None:
         if not name.endswith(".index.json"):
             continue
         path = root / name
-        if _stamp(path)[1] > _MAX_INDEX_BYTES:
-            raise TPCheckError(f"{path}: is larger than {_MAX_INDEX_BYTES} bytes: it is no index")
-        index = read_json(path)
+        index = json_of(read_bounded(path, _MAX_JSON_BYTES), path)
         files = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(files, dict) or not all(isinstance(one, str) for one in files.values()):
             raise TPCheckError(f"{path}: weight_map should say the file of each tensor")
@@ -215,9 +222,7 @@ def _require_own_base(root: Path, configs: Iterable[str]) -> None:
     if "adapter_config.json" not in configs:
         return
     path = root / "adapter_config.json"
-    if _stamp(path)[1] > _MAX_INDEX_BYTES:
-        raise TPCheckError(f"{path}: is larger than {_MAX_INDEX_BYTES} bytes: it is no config")
-    value = read_json(path)
+    value = json_of(read_bounded(path, _MAX_JSON_BYTES), path)
     base = value.get("base_model_name_or_path") if isinstance(value, dict) else None
     if base is None or (isinstance(base, str) and os.path.realpath(base) == os.path.realpath(root)):
         return

@@ -8,7 +8,6 @@ lengths of its own.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,10 +50,7 @@ class WatchedModel:
             "directory": str(self.digested.directory),
             "config_sha256": digest.config_sha256,
             "weights_sha256": digest.weights_sha256,
-            "files": {
-                os.fsencode(one.name).decode(errors="backslashreplace"): one.sha256
-                for one in digest.files
-            },
+            "files": digest.named(),
         }
 
 
@@ -86,7 +82,8 @@ def range_tested(subject: Subject, verdicts: Sequence[Verdict]) -> list[Json]:
     """
     found: dict[tuple[int, str, int], set[int]] = {}
     for verdict in verdicts:
-        if verdict.outcome in _NEVER_RAN:
+        refused_as_planned = set(verdict.checks) == {"plan"}
+        if verdict.outcome in _NEVER_RAN or refused_as_planned:
             continue
         case = Case.parse(verdict.case_id)
         row = found.setdefault((verdict.tp_size, verdict.dtype, case.batch), set())

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpcheck.errors import TPCheckError
-from tpcheck.files import read_json, write_text
-from tpcheck.json_reader import JsonReader, parse_json, refuse
+from tpcheck.files import json_of, read_json, write_text
+from tpcheck.json_reader import JsonReader, brief_name, refuse
 from tpcheck.records import (
     CHECK_NAMES,
     FAIL,
@@ -130,11 +130,7 @@ def parse_report(data: bytes, path: str | os.PathLike[str]) -> Report:
     Raises:
         TPCheckError: as `read_report`; names the path.
     """
-    try:
-        value = parse_json(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise TPCheckError(f"{path}: is not JSON: {error}") from error
-    return _vouched(value, path)
+    return _vouched(json_of(data, path), path)
 
 
 def _vouched(value: Any, path: str | os.PathLike[str]) -> Report:
@@ -220,7 +216,8 @@ def _verdict_from_json(item: JsonReader) -> Verdict:
     )
     failed = [name for name, check in verdict.checks.items() if _decides(name, check)]
     if verdict.outcome == PASS and failed:
-        refuse(f"{item.path}.outcome", PASS, f"no PASS, because its check {failed[0]} failed")
+        name = brief_name(failed[0])
+        refuse(f"{item.path}.outcome", PASS, f"no PASS, because its check {name} failed")
     return verdict
 
 
@@ -264,13 +261,12 @@ def _model_from_json(top: JsonReader) -> Json | None:
         return None
     item = top.reader("model")
     item.get("directory", str)
-    for name in ("config_sha256", "weights_sha256"):
-        if not _SHA256.fullmatch(item.get(name, str)):
-            refuse(f"{item.path}.{name}", item.value[name], "64 digits in lower-case hexadecimal")
     files = item.reader("files", dict, {})
-    for name in files.value:
-        if not _SHA256.fullmatch(files.get(name, str)):
-            refuse(f"{files.path}.{name}", files.value[name], "64 digits in lower-case hexadecimal")
+    digests = [(item, "config_sha256"), (item, "weights_sha256")]
+    for where, name in digests + [(files, name) for name in files.value]:
+        found = where.reader(name, str)
+        if not _SHA256.fullmatch(found.value):
+            refuse(found.path, found.value, "64 digits in lower-case hexadecimal")
     return dict(item.value)
 
 

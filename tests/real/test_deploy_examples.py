@@ -68,12 +68,16 @@ def swapped(proven: Path) -> Iterator[Path]:
     weights.write_bytes(before)
 
 
-def start_by_python(folder: Path, tp_size: int = 2) -> subprocess.CompletedProcess[str]:
-    given = ("receipt.json", "release.key.pub", "model", tp_size)
+def start_by_python(
+    folder: Path, tp_size: int = 2, dtype: str = "bfloat16"
+) -> subprocess.CompletedProcess[str]:
+    given = ("receipt.json", "release.key.pub", "model", tp_size, dtype)
     return run(sys.executable, DEPLOY / "serve.py", *given, "--", "echo", "serving", cwd=folder)
 
 
-def start_by_entrypoint(folder: Path, tp_size: int = 2) -> subprocess.CompletedProcess[str]:
+def start_by_entrypoint(
+    folder: Path, tp_size: int = 2, dtype: str = "bfloat16"
+) -> subprocess.CompletedProcess[str]:
     return run(
         DEPLOY / "entrypoint.sh",
         "echo",
@@ -81,6 +85,7 @@ def start_by_entrypoint(folder: Path, tp_size: int = 2) -> subprocess.CompletedP
         cwd=folder,
         MODEL_DIR="model",
         TP_SIZE=str(tp_size),
+        DTYPE=dtype,
         TPCHECK_RECEIPT="receipt.json",
         TPCHECK_PUBLIC_KEY="release.key.pub",
     )
@@ -111,6 +116,20 @@ def test_another_degree_does_not_start(start: Any, proven: Path) -> None:
     assert "tp_size=4" in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("start", STARTS)
+def test_another_dtype_does_not_start(start: Any, proven: Path) -> None:
+    done = start(proven, dtype="float16")
+    assert done.returncode == 1
+    assert "serving" not in done.stdout
+    assert "float16 is asked for" in done.stdout + done.stderr
+
+
+def test_a_server_that_names_no_dtype_may_be_started_by_the_hook(proven: Path) -> None:
+    given = ("receipt.json", "release.key.pub", "model", 2)
+    done = run(sys.executable, DEPLOY / "serve.py", *given, "--", "echo", "serving", cwd=proven)
+    assert (done.returncode, done.stdout) == (0, "serving\n"), done.stderr
+
+
 def test_a_container_without_a_receipt_does_not_start(proven: Path) -> None:
     done = run(DEPLOY / "entrypoint.sh", "echo", "serving", cwd=proven, MODEL_DIR="model")
     assert done.returncode != 0
@@ -121,7 +140,7 @@ def test_a_container_without_a_receipt_does_not_start(proven: Path) -> None:
 def test_the_hook_says_how_it_is_called(proven: Path) -> None:
     done = run(sys.executable, DEPLOY / "serve.py", "receipt.json", cwd=proven)
     assert done.returncode == 1
-    assert done.stderr.startswith("usage: serve.py RECEIPT PUBLIC_KEY MODEL_DIR TP_SIZE -- COMMAND")
+    assert done.stderr.startswith("usage: serve.py RECEIPT PUBLIC_KEY MODEL_DIR TP_SIZE [DTYPE] --")
     given = ("receipt.json", "release.key.pub", "model", "two", "--", "echo", "serving")
     done = run(sys.executable, DEPLOY / "serve.py", *given, cwd=proven)
     assert (done.returncode, done.stdout) == (1, "")
@@ -145,6 +164,14 @@ def test_the_pod_refuses_before_and_after_it_has_started(proven: Path) -> None:
     probe = server["readinessProbe"]["exec"]["command"]
     assert guard["image"] == server["image"]
     assert guard["resources"] == server["resources"]  # the receipt names the GPUs it is checked on
+    for checked, served in (
+        ("--model=/models/llama", "/models/llama"),
+        ("--tp=8", "--tensor-parallel-size=8"),
+        ("--dtype=bfloat16", "--dtype=bfloat16"),  # without it a server takes the config's
+    ):
+        assert checked in guard["command"]
+        assert checked in probe
+        assert served in server["command"]
     mounts = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in guard["volumeMounts"]} == mounts
     for command in (guard["command"], probe):

@@ -130,6 +130,52 @@ def test_what_cannot_be_read_or_written_is_exit_2(
     assert sorted(path.name for path in folder.iterdir()) == ["policy.toml", "report.json"]
 
 
+@pytest.mark.parametrize("option", ["--junit", "--markdown"])
+def test_a_dash_is_no_file(folder: Path, option: str) -> None:
+    done = gate(folder, "report.json", "--policy", "policy.toml", option, "-")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {option}=-: only --json goes to stdout; name a file\n"
+    assert not (folder / "-").exists()
+
+
+@pytest.mark.parametrize(
+    ("report", "shell", "code", "error"),
+    [
+        ("report.json", ">/dev/full", 2, "error: stdout: cannot be written: No space left on"),
+        ("report.json", ">&-", 0, ""),
+        ("none.json", "2>/dev/full", 2, ""),
+        ("none.json", "2>&-", 2, ""),
+        ("report.json", "| true", 0, ""),
+    ],
+)
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)], ids=["", "quiet"])
+def test_where_nothing_can_be_printed_the_exit_code_says_it(
+    folder: Path, report: str, shell: str, code: int, error: str, quiet: tuple[str, ...]
+) -> None:
+    words = [sys.executable, "-m", "tpcheck", "gate", report, "--policy", "policy.toml", *quiet]
+    line = f"({shlex.join(words)}; echo $? >code) {shell}"
+    done = subprocess.run(
+        ["sh", "-c", line], capture_output=True, text=True, timeout=120, cwd=folder
+    )
+    assert int((folder / "code").read_text()) == code
+    assert done.stderr.startswith(error)
+    assert "Traceback" not in done.stderr
+    assert bool(done.stderr) == bool(error)
+
+
+def test_no_file_writes_to_the_terminal_through_an_error(folder: Path) -> None:
+    done = gate(folder, "a\x1b[2Jb", "--policy", "policy.toml")
+    assert done.stderr == "error: a\\x1b[2Jb: cannot be read: No such file or directory\n"
+    verdicts = json.loads((folder / "report.json").read_text())["verdicts"]
+    verdicts[0]["checks"] = {"\x1b[2J\nALLOWED: all 9 requirements are met" + "x" * 99: 7}
+    edited(folder, verdicts=verdicts)
+    done = gate(folder, "report.json", "--policy", "policy.toml")
+    [line] = done.stderr.splitlines()
+    assert "report.verdicts[0].checks.'\\x1b[2J\\nALLOWED" in line
+    assert "\x1b" not in line
+    assert len(line) < 250
+
+
 def test_a_report_that_contradicts_its_own_outcome_is_exit_2(folder: Path) -> None:
     edited(folder, outcome="DRIFT")
     done = gate(folder, "report.json", "--policy", "policy.toml", "--quiet")

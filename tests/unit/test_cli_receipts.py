@@ -60,9 +60,16 @@ def test_from_a_key_to_a_flipped_byte(folder: Path) -> None:
     secret = (folder / "key").read_text().splitlines()[1]
     issue = ("report.json", "--policy", "policy.toml", "--receipt", "r.json", "--sign", "key")
     issued = gate(*issue, cwd=folder)
-    assert (issued.returncode, issued.stderr) == (0, "")
+    assert issued.returncode == 0
     assert issued.stdout.startswith("ALLOWED: ")
     receipt = read_receipt(folder / "r.json")
+    assert receipt.signature is not None
+    assert issued.stderr == (
+        f"note: r.json is signed by the key {receipt.signature.key[:16]}..., and good until"
+        f" {receipt.expires:%Y-%m-%d %H:%M:%S} UTC\n"
+    )
+    quiet = gate(*issue, "--quiet", cwd=folder)
+    assert (quiet.returncode, quiet.stderr) == (0, "")
     data = (folder / "report.json").read_bytes()
     assert receipt.report_sha256 == hashlib.sha256(data).hexdigest()
     verify = ("--verify", "r.json", "--public-key", "key.pub", "--model", "model", "--tp", "2")
@@ -142,7 +149,7 @@ def test_no_receipt_without_a_digest_and_nothing_is_written(folder: Path) -> Non
     assert {file.name for file in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("path", ["none/r.json", "model", "/dev/null"])
+@pytest.mark.parametrize("path", ["none/r.json", "model", "/dev/null", "-"])
 def test_a_place_that_takes_no_receipt_is_found_out_before_the_decision(
     path: str, folder: Path
 ) -> None:
@@ -196,9 +203,10 @@ def test_a_key_that_cannot_sign_is_found_out_before_anything_is_written(
 
 def test_a_receipt_never_takes_the_place_of_what_it_rests_on(folder: Path) -> None:
     gate("--new-key", "key", "--quiet", cwd=folder)
-    kept = {name: (folder / name).read_bytes() for name in ("key", "report.json", "policy.toml")}
+    names = ("key", "key.pub", "report.json", "policy.toml")
+    kept = {name: (folder / name).read_bytes() for name in names}
     issue = ("report.json", "--policy", "policy.toml", "--sign", "key")
-    for path in ("model/../key", "report.json", "./policy.toml"):
+    for path in ("model/../key", "key.pub", "report.json", "./policy.toml"):
         done = gate(*issue, "--receipt", path, cwd=folder)
         assert done.returncode == 2
         assert "but should differ from" in done.stderr

@@ -638,6 +638,38 @@ def test_a_case_that_stands_twice_counts_once() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("tests/a.py::test_x s0-b2-t16", "tests/b.py::test_y s0-b2-t16"),
+        ("tests/a.py::test_x s0-b2-t16", "tests/a.py::test_x s0-b2-t16 #2"),
+        ("tests/a.py::test_x[a b] s0-b2-t16", "s0-b2-t16"),
+        ('a.py::test s0-b2-t16+{"activation":"a b"}', 's0-b2-t16+{"activation":"a b"}'),
+    ],
+)
+def test_a_case_that_two_tests_ran_is_one_case(names: tuple[str, str]) -> None:
+    report = report_json()
+    for one in report["verdicts"]:
+        one["case_id"] = names[one["case_id"].startswith("s1")]
+    report["sensitivity"]["case_id"] = names[0]
+    alone = decided(report, min_cases=1)
+    assert alone.allowed
+    assert {one.found for one in alone.requirements if one.key == "require"} == {"so in 1 case"}
+    [*_, refusal] = decided(report).refusals
+    assert refusal.reason.endswith(": 1 case, but should be at least 2")
+
+
+def test_the_case_of_a_test_is_settled_by_its_own_name() -> None:
+    report = report_json()
+    for one in report["verdicts"]:
+        one["case_id"] = f"tests/a.py::test_x {one['case_id']}"
+    report["sensitivity"]["case_id"] = f"tests/a.py::test_x {report['sensitivity']['case_id']}"
+    check(report, "drift")["epsilons"] = 9.0
+    [refusal] = decided(report).refusals
+    assert refusal.reason.startswith("tp=2 bfloat16 on nccl, case tests/a.py::test_x s0-b2-t16: ")
+    assert refusal.settle == f"tpcheck drift {ONE_CASE}"
+
+
 def refused_as_planned(case_id: str) -> Json:
     plan = {"outcome": "PASS", "refused": "num_attention_heads=6 at tp_size=4"}
     return {**verdict(case_id), "checks": {"plan": plan}}

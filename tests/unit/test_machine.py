@@ -224,13 +224,19 @@ def test_a_file_of_settings_is_read_as_nccl_reads_it(
     assert machine.nccl_settings({}) == found
 
 
-def test_a_file_named_from_here_on_is_read(
+def test_the_content_of_a_file_counts_and_not_its_name(
     proc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("mine.conf").write_text("NCCL_ALGO=Tree\n")
-    environ = {"NCCL_CONF_FILE": "mine.conf"}
-    assert machine.nccl_settings(environ) == {**environ, "NCCL_ALGO": "Tree"}
+    for name in ("mine.conf", "yours.conf"):
+        Path(name).write_text("NCCL_ALGO=Tree\n")
+        assert machine.nccl_settings({"NCCL_CONF_FILE": name}) == {"NCCL_ALGO": "Tree"}
+
+
+@pytest.mark.parametrize("name", ["none.conf", "/dev/null", "."])
+def test_a_file_that_was_not_read_keeps_its_name(name: str, proc: Path) -> None:
+    # what NCCL would read of it is not known, so it cannot be said to be the same
+    assert machine.nccl_settings({"NCCL_CONF_FILE": name}) == {"NCCL_CONF_FILE": name}
 
 
 def test_no_secret_is_shown() -> None:

@@ -407,6 +407,42 @@ def test_what_cannot_be_digested_is_one_clear_error(how: str, model: Path, tmp_p
     assert not cache_of(tmp_path).exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 300, "cannot be listed: File name too long"),
+        ("loop", "cannot be listed: Too many levels of symbolic links"),
+        ("a\0b", "is no directory"),
+        ("file", "is no directory"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_one_clear_error(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    with pytest.raises(TPCheckError, match=message):
+        digest_directory(tmp_path / name)
+
+
+def test_a_directory_that_may_not_be_listed_is_one_clear_error(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(path: Any, **_: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    error: Exception | None = None
+    with monkeypatch.context() as patched:
+        for name in ("stat", "listdir"):  # of a folder in a closed one, not even a stat works
+            patched.setattr(os, name, closed)
+        try:
+            digest_directory(model)
+        except Exception as found:  # pytest itself could not tell of one
+            error = found
+    assert isinstance(error, TPCheckError)
+    assert str(error) == f"{model}: cannot be listed: Permission denied"
+
+
 def test_a_name_without_meaning_as_text_counts_too(model: Path) -> None:
     before = digest_directory(model)
     Path(os.fsdecode(os.fsencode(model) + b"/\xff.safetensors")).write_bytes(b"x")

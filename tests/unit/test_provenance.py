@@ -1,5 +1,6 @@
 """A report says what exactly was run: bytes, engine, sizes; and no more than was run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def test_the_engine_is_who_computed() -> None:
 
 
 def verdict(case_id: str, tp_size: int, outcome: str = "PASS", dtype: str = "bfloat16") -> Verdict:
-    return Verdict(case_id, tp_size, dtype, outcome, {"plan": Check("PASS")})
+    ran = {"plan": Check("PASS"), "structural": Check("PASS")}
+    return Verdict(case_id, tp_size, dtype, outcome, ran)
 
 
 def make_subject(**options: Any) -> Subject:
@@ -101,6 +103,11 @@ def test_each_row_is_a_degree_a_dtype_and_a_batch() -> None:
         (2, "bfloat16", 3, [1, 2, 3, 8]),
         (4, "bfloat16", 2, [1, 3, 4, 5, 8]),
     ]
+
+
+def test_a_case_that_was_refused_as_planned_never_ran() -> None:
+    refused = replace(verdict("s0-b2-t8", 2), checks={"plan": Check("PASS")})
+    assert range_tested(make_subject(seq_len=8), [refused]) == []
 
 
 def test_inputs_of_the_subjects_own_have_no_length() -> None:

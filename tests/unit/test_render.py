@@ -173,6 +173,15 @@ def test_hostile_names_stay_text_in_every_rendering() -> None:
         render(hostile).encode("utf-8")
 
 
+def test_markdown_links_nothing_that_a_subject_names() -> None:
+    name = "https://x.example/a WWW.x.example ftp://x.example"
+    shown = render_markdown(report(verdict("WRONG", case_id=name), subject="models.py:build"))
+    outside = "".join(shown.split("```")[::2])
+    assert "x.example" in outside
+    assert "://" not in outside
+    assert "www." not in outside.lower()
+
+
 @given(st.floats(min_value=1e-30, max_value=1e30))
 def test_a_tolerance_that_is_typed_back_is_enough(needed: float) -> None:
     assert needed <= float(at_least(needed)) <= needed * 1.011

@@ -4,9 +4,11 @@ Evidence: the contract's own example, generated reports, and one damaged report 
 """
 
 import copy
+import errno
 import json
 import math
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpcheck.errors import TPCheckError
-from tpcheck.files import assert_writable, write_text
+from tpcheck.files import assert_writable, read_bounded, write_text
 from tpcheck.records import OUTCOMES, Check, FirstDivergence, Path, Report, Verdict
 from tpcheck.report import from_json, read_report, to_json, write_report
 
@@ -286,6 +288,34 @@ def test_a_link_and_the_mode_of_the_file_stay(tmp_path: Any) -> None:
     assert stat.S_IMODE(target.stat().st_mode) == 0o640
 
 
+def test_a_file_that_is_a_mount_is_written_to(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "report.json"
+    write_text("a longer old text", target)
+    number = target.stat().st_ino
+
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(pathlib.Path, "replace", busy)
+    write_text("new", target)
+    assert target.read_text() == "new\n"
+    assert target.stat().st_ino == number
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_the_name_of_a_check_stays_on_one_line() -> None:
+    value = to_json(make_report(verdicts=(make_report().verdicts[0],)))
+    value["verdicts"][0] |= {"outcome": "PASS"}
+    value["verdicts"][0]["checks"] = {"a\nb": {"outcome": "FAIL", "reason": "x"}}
+    with pytest.raises(TPCheckError) as caught:
+        from_json(value | {"outcome": "PASS"})
+    assert str(caught.value) == (
+        "report.verdicts[0].outcome='PASS', but should be no PASS, because its check 'a\\nb' failed"
+    )
+
+
 def test_a_device_is_written_to_and_not_replaced() -> None:
     write_text("x", os.devnull)
     assert_writable(os.devnull)
@@ -296,6 +326,20 @@ def test_a_pipe_is_written_to(tmp_path: Any) -> None:
     code = "from tpcheck.files import *; p = '/dev/stdout'; assert_writable(p); write_text('x', p)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=60)
     assert done.stdout == b"x\n"
+
+
+def test_a_name_with_a_zero_byte_is_one_clear_error() -> None:
+    for use in (assert_writable, read_report, lambda path: write_text("x", path)):
+        with pytest.raises(TPCheckError, match=r"'a\\x00b': cannot be (read|written): "):
+            use("a\0b")
+
+
+def test_a_folder_that_is_read_leaves_no_file_open(tmp_path: Any) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with pytest.raises(TPCheckError, match="cannot be read: Is a directory"):
+            read_bounded(tmp_path, 10)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_unwritable_places_are_found_before_anything_is_written(tmp_path: Any) -> None:
@@ -340,6 +384,7 @@ def test_what_was_run_makes_the_trip_and_may_be_absent() -> None:
         ("model", ("weights_sha256",), "b" * 63, "report.model.weights_sha256='bbb"),
         ("model", ("directory",), 7, "report.model.directory=7, but should be text"),
         ("model", ("files",), {"x": "y"}, "report.model.files.x='y'"),
+        ("model", ("files",), {"x\n": "y"}, r"report.model.files.'x\\n'='y'"),
         ("engine", ("name",), None, "report.engine.name=None, but should be text"),
         ("engine", ("version",), 5, "report.engine.version=5, but should be text"),
         ("engine", ("arguments",), [], r"report.engine.arguments=\[\], but should be an object"),

@@ -406,6 +406,27 @@ def test_what_is_logged_and_how_many_gpus_are_idle_does_not_matter(start: Deploy
     assert allowed(start, here=make_here(settings=debug, gpus=(GPU,) * 16))
 
 
+@pytest.mark.parametrize(
+    ("proven", "here", "command"),
+    [
+        ("=eth0", "=ens5", "export NCCL_SOCKET_IFNAME==eth0; "),
+        ("=eth0", None, "export NCCL_SOCKET_IFNAME==eth0; "),
+        (None, "=ens5", "unset NCCL_SOCKET_IFNAME; "),
+    ],
+)
+def test_an_interface_that_has_another_name_here_is_settled_with_a_list_for_both(
+    proven: str | None, here: str | None, command: str, start: Deployment
+) -> None:
+    was, now = ({} if value is None else {"NCCL_SOCKET_IFNAME": value} for value in (proven, here))
+    start.signed(nccl={**start.receipt.nccl, "settings": was})
+    with pytest.raises(GateRefused) as caught:
+        allowed(start, here=make_here(settings=now))
+    [refusal] = caught.value.refusals
+    assert refusal.reason.startswith("NCCL_SOCKET_IFNAME: ")
+    assert refusal.settle.startswith(command)
+    assert "one list of prefixes" in refusal.settle
+
+
 def test_a_degree_over_two_machines_needs_half_the_gpus_on_each(start: Deployment) -> None:
     start.signed(topology={**start.receipt.topology, "nodes": 2})
     assert allowed(start, tp_size=4, here=make_here(gpus=(GPU,) * 2))

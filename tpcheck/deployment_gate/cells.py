@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from tpcheck.deployment_gate.case_ids import case_of
 from tpcheck.deployment_gate.commands import Commands
 from tpcheck.deployment_gate.flips import lack_of_flips
 from tpcheck.deployment_gate.numbers import Lack, lack_of_size
 from tpcheck.deployment_gate.policy import Policy
-from tpcheck.deployment_gate.requirement import Requirement
+from tpcheck.deployment_gate.requirement import Requirement, counted
 from tpcheck.records import FAIL, PASS, SKIPPED, Check, Report, Verdict
 
 Problem = Callable[[Verdict], Lack | None]
@@ -59,22 +60,26 @@ def is_refusal_as_planned(verdict: Verdict) -> bool:
 
 
 def _cases(here: Sequence[Verdict], where: str, policy: Policy, commands: Commands) -> Requirement:
-    found = len({verdict.case_id for verdict in here})
+    found = _case_count(here)
     wanted = policy.min_cases
     met = found >= wanted
     return Requirement(
         key="tp" if not found else "min_cases",
         where=where,
-        asked=_counted(wanted, "case"),
-        found=_counted(found, "case"),
+        asked=counted(wanted, "case"),
+        found=counted(found, "case"),
         met=met,
         reason=""
         if met
-        else f"{where}: {_counted(found, 'case')}, but should be at least {wanted}"
+        else f"{where}: {counted(found, 'case')}, but should be at least {wanted}"
         if found
         else f"{where}: not proven: the report has no verdict there",
         settle="" if met else commands.everything(),
     )
+
+
+def _case_count(verdicts: Sequence[Verdict]) -> int:
+    return len({case_of(verdict.case_id) for verdict in verdicts})
 
 
 def _questions(policy: Policy) -> Iterator[_Question]:
@@ -107,10 +112,10 @@ def _answered(
 ) -> Requirement:
     lacking = [(one, lack) for one in here if (lack := question.problem(one)) is not None]
     if not lacking:
-        found = f"so in {_counted(len(here), 'case')}"
+        found = f"so in {counted(_case_count(here), 'case')}"
         return Requirement(question.key, question.asked, found, met=True, where=where)
     first, lack = lacking[0]
-    more = f" (and in {_counted(len(lacking) - 1, 'more case')})" if len(lacking) > 1 else ""
+    more = f" (and in {counted(len(lacking) - 1, 'more case')})" if len(lacking) > 1 else ""
     return Requirement(
         key=question.key,
         where=where,
@@ -167,7 +172,3 @@ def _lack_of_rtol(verdict: Verdict) -> Lack | None:
 def _line(text: str) -> str:
     first = " ".join(text.split("\n", 1)[0].split())
     return first if len(first) <= MAX_REASON else first[: MAX_REASON - 3] + "..."
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

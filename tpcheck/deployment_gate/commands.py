@@ -12,6 +12,7 @@ import re
 import shlex
 from dataclasses import dataclass, replace
 
+from tpcheck.deployment_gate.case_ids import case_of
 from tpcheck.deployment_gate.policy import Policy
 from tpcheck.records import Report, Verdict
 
@@ -55,8 +56,8 @@ class Commands:
 
     def case(self, verdict: Verdict, verb: str = "run") -> str:
         """Return the command that repeats one verdict; `verb` drift says where an error is made."""
-        backend = self.report.path.backend
-        return self._command(verb, backend, (verdict.tp_size,), (verdict.dtype,), verdict.case_id)
+        here, case = self.report.path.backend, case_of(verdict.case_id)
+        return self._command(verb, here, (verdict.tp_size,), (verdict.dtype,), case)
 
     def _command(
         self,

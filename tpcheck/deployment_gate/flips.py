@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tpcheck.deployment_gate.numbers import Lack, just_above, shown, size, whole
+from tpcheck.deployment_gate.requirement import counted
 from tpcheck.records import Verdict
 
 _WHERE = "drift.profile"
@@ -80,9 +81,5 @@ def _lack_of_margins(flips: Mapping[str, Any], limit: float) -> Lack | None:
     highest = max(margins, default=0)
     if highest <= limit:
         return None
-    text = f"{_counted(flips['count'])} at a margin of up to {just_above(highest, limit)}"
-    return Lack(f"{text}, but should be at most {limit:g}")
-
-
-def _counted(count: int) -> str:
-    return f"{count} argmax flip{'' if count == 1 else 's'}"
+    text = f"{counted(flips['count'], 'argmax flip')} at a margin of up to"
+    return Lack(f"{text} {just_above(highest, limit)}, but should be at most {limit:g}")

@@ -16,6 +16,7 @@ from typing import Any
 
 from tpcheck.deployment_gate.decision import Decision, decide
 from tpcheck.deployment_gate.policy import Policy, parse_policy, policy_json, read_policy
+from tpcheck.deployment_gate.requirement import listed
 from tpcheck.errors import GateRefused, TPCheckError
 from tpcheck.json_reader import parse_json, refuse
 from tpcheck.records import Report
@@ -91,19 +92,7 @@ def as_policy(value: Policy | Mapping[str, Any] | PathLike) -> Policy:
 
 def refusal_text(decision: Decision) -> str:
     """Return every reason, each with the command that would settle it, the count first."""
-    found = decision.refusals
-    count = f"{len(found)} reason{'' if len(found) == 1 else 's'}"
-    lines = [f"{headline(decision)}: {count}"]
-    for refusal in found:
-        lines += [f"- {refusal.reason}", f"  settle: {refusal.settle}"]
-    return "\n".join(lines)
-
-
-def headline(decision: Decision) -> str:
-    """Say the decision in one line, without its reasons."""
-    if decision.allowed:
-        return f"ALLOWED: {decision.subject}"
-    return f"REFUSED: {decision.subject}"
+    return listed(f"REFUSED: {decision.subject}", decision.refusals)
 
 
 def decision_json(decision: Decision, policy: Policy, report: Report) -> Json:

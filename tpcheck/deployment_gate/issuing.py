@@ -47,38 +47,21 @@ def make_receipt(
     missing = next(_missing(report, policy), None)
     if missing is not None:
         raise TPCheckError(f"receipt: {missing}")
-    assert report.model is not None
-    assert report.engine is not None
-    facts = report.environment
     asked = [v for v in report.verdicts if v.tp_size in policy.tp and v.dtype in policy.dtypes]
     return Receipt(
         subject=_clean(report.subject),
         outcome=worst([verdict.outcome for verdict in asked]),
         allowed=policy.allow,
-        model={
-            "config_sha256": report.model["config_sha256"],
-            "weights_sha256": report.model["weights_sha256"],
-            "files": _clean(report.model.get("files") or {}),
-        },
+        model=_model(report),
         tp=policy.tp,
         dtypes=policy.dtypes,
         backend=report.path.backend,
         reduction=_reduction(report),
-        engine=_clean(
-            {
-                "name": report.engine["name"],
-                "version": report.engine.get("version"),
-                "arguments": report.engine["arguments"],
-            }
-        ),
-        nccl={"version": _nccl_version(report), "settings": _clean(facts["nccl_settings"])},
+        engine=_engine(report),
+        nccl=_nccl(report),
         topology=_topology(report),
-        tested=tuple(
-            {name: row[name] for name in ("tp_size", "dtype", "batch", "lengths")}
-            for row in report.tested or ()
-            if row["tp_size"] in policy.tp and row["dtype"] in policy.dtypes
-        ),
-        environment=_clean(dict(facts)),
+        tested=tuple(_tested(report, policy)),
+        environment=_clean(dict(report.environment)),
         tpcheck=_clean(report.tpcheck),
         policy_sha256=decision.policy,
         report_sha256=report_sha256,
@@ -114,6 +97,36 @@ def _missing(report: Report, policy: Policy) -> Iterator[str]:
         for dtype in policy.dtypes:
             if (tp_size, dtype) not in ran:
                 yield f"the report does not say which lengths ran at tp={tp_size} {dtype}; {again}"
+
+
+def _model(report: Report) -> Json:
+    assert report.model is not None
+    return {
+        "config_sha256": report.model["config_sha256"],
+        "weights_sha256": report.model["weights_sha256"],
+        "files": _clean(report.model.get("files") or {}),
+    }
+
+
+def _engine(report: Report) -> Json:
+    assert report.engine is not None
+    name, arguments = report.engine["name"], report.engine["arguments"]
+    return {
+        "name": _clean(name),
+        "version": _clean(report.engine.get("version")),
+        "arguments": _clean(arguments),
+    }
+
+
+def _nccl(report: Report) -> Json:
+    settings = report.environment["nccl_settings"]
+    return {"version": _nccl_version(report), "settings": _clean(settings)}
+
+
+def _tested(report: Report, policy: Policy) -> Iterator[Json]:
+    for row in report.tested or ():
+        if row["tp_size"] in policy.tp and row["dtype"] in policy.dtypes:
+            yield {name: row[name] for name in ("tp_size", "dtype", "batch", "lengths")}
 
 
 def _reduction(report: Report) -> Json:

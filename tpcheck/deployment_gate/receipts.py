@@ -160,6 +160,11 @@ def parse_time(text: str) -> datetime | None:
         return None
 
 
+def shown_time(moment: datetime) -> str:
+    """Return a moment as people read it, to the second, in UTC."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
 def _to_json(receipt: Receipt) -> Json:
     signature = receipt.signature
     return {
@@ -234,9 +239,10 @@ def _time(item: JsonReader, key: str) -> datetime:
 
 
 def _hex(item: JsonReader, key: str, form: re.Pattern[str] = _SHA256) -> str:
-    text: str = item.get(key, str)
+    found = item.reader(key, str)
+    text: str = found.value
     if not form.fullmatch(text):
-        refuse(f"{item.path}.{key}", text, "lower-case hexadecimal of its full length")
+        refuse(found.path, text, "lower-case hexadecimal of its full length")
     return text
 
 

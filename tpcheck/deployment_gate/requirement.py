@@ -1,4 +1,4 @@
-"""Requirement: one thing a policy asks for, what the report says to it, and whether that is enough.
+"""One thing a policy asks for, what the report says to it, and whether that is enough.
 
 Requirement: one that is not met has a sentence and a way to settle it; one that is met has neither.
 So a decision can be shown whole, and what it rests on is never left out. What a report put into a
@@ -8,6 +8,7 @@ line to what is there to be pasted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -52,3 +53,21 @@ def one_line(text: str) -> str:
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )
+
+
+def listed(headline: str, refusals: Sequence[Refusal]) -> str:
+    """Return every reason, each with what would settle it; a headline and their count first."""
+    lines = [f"{headline}: {counted(len(refusals), 'reason')}"]
+    for refusal in refusals:
+        lines += [f"- {refusal.reason}", f"  settle: {refusal.settle}"]
+    return "\n".join(lines)
+
+
+def counted(number: int, what: str) -> str:
+    """Write a number of things.
+
+    Example:
+        >>> counted(1, "case"), counted(2, "case")
+        ('1 case', '2 cases')
+    """
+    return f"{number} {what}{'' if number == 1 else 's'}"

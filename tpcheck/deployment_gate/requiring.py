@@ -15,20 +15,18 @@ import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any, NoReturn
 
 from tpcheck import machine
-from tpcheck.deployment_gate.receipts import Receipt, read_receipt
-from tpcheck.deployment_gate.requirement import Refusal, one_line
+from tpcheck.deployment_gate.policy import DTYPES, NEVER_ALLOWED
+from tpcheck.deployment_gate.receipts import Receipt, read_receipt, shown_time
+from tpcheck.deployment_gate.requirement import Refusal, listed, one_line
 from tpcheck.deployment_gate.signing import assert_signed
+from tpcheck.deployment_gate.surroundings import CLOCK_SKEW
 from tpcheck.errors import GateRefused, TPCheckError
 from tpcheck.model_digest import ModelDigest, digest_directory
 
-CLOCK_SKEW = timedelta(minutes=5)
-DTYPES = ("bfloat16", "float16", "float32")
-
-_NEVER = ("WRONG", "ERROR", "INCONCLUSIVE")
 _PACKAGES = {"tpcheck reference": "tpcheck"}
 """Engine -> the package whose version is its own, where the names differ."""
 
@@ -37,6 +35,11 @@ _HARMLESS = (
     *("NCCL_DEBUG_TIMESTAMP_FORMAT", "NCCL_DEBUG_TIMESTAMP_LEVELS"),
 )
 """These say what NCCL logs; every other setting may change what it computes, or over which path."""
+
+_OF_A_HOST = {"NCCL_SOCKET_IFNAME": "eth,ens", "NCCL_IB_HCA": "mlx5"}
+"""These name devices, which may be called otherwise on another host. They choose the path all the
+same, and through it NCCL's algorithm, so they are compared; but NCCL takes lists of prefixes, which
+can be equal everywhere: NCCL's user guide, Environment Variables."""
 
 _NUMERIC = (
     "CUBLAS_WORKSPACE_CONFIG",
@@ -145,11 +148,7 @@ def read_here() -> Here:
 def _refuse(where: str, found: list[Refusal]) -> NoReturn:
     # a file that nobody vouches for may put anything into a name
     refusals = [Refusal(one_line(one.reason), one_line(one.settle)) for one in found]
-    count = f"{len(refusals)} reason{'' if len(refusals) == 1 else 's'}"
-    lines = [f"REFUSED: {one_line(where)}: {count}"]
-    for refusal in refusals:
-        lines += [f"- {refusal.reason}", f"  settle: {refusal.settle}"]
-    raise GateRefused("\n".join(lines), refusals=refusals)
+    raise GateRefused(listed(f"REFUSED: {one_line(where)}", refusals), refusals=refusals)
 
 
 def _of_error(error: Exception, settle: str) -> Refusal:
@@ -174,23 +173,19 @@ def _refusals(receipt: Receipt, asked: _Asked, here: Here) -> Iterator[Refusal]:
 def _time(receipt: Receipt, now: datetime) -> Iterator[Refusal]:
     if receipt.created > now + CLOCK_SKEW:
         yield Refusal(
-            f"it was made at {_shown(receipt.created)}, which is in the future: it is"
-            f" {_shown(now)} here",
+            f"it was made at {shown_time(receipt.created)}, which is in the future: it is"
+            f" {shown_time(now)} here",
             "set this machine's clock",
         )
     if receipt.expires <= now:
         yield Refusal(
-            f"it expired at {_shown(receipt.expires)}, and it is {_shown(now)} here", _AGAIN
+            f"it expired at {shown_time(receipt.expires)}, and it is {shown_time(now)} here", _AGAIN
         )
-
-
-def _shown(moment: datetime) -> str:
-    return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _outcome(receipt: Receipt) -> Iterator[Refusal]:
     outcome = receipt.outcome
-    if outcome in _NEVER or (outcome != "PASS" and outcome not in receipt.allowed):
+    if outcome in NEVER_ALLOWED or (outcome != "PASS" and outcome not in receipt.allowed):
         yield Refusal(f"its outcome is {outcome}, which its policy does not let through", _AGAIN)
 
 
@@ -216,10 +211,7 @@ def _files(receipt: Receipt, digest: ModelDigest) -> str:
     proven = dict(receipt.model["files"])
     if not proven:
         return ""
-    actual = {
-        os.fsencode(file.name).decode(errors="backslashreplace"): file.sha256
-        for file in digest.files
-    }
+    actual = digest.named()
     words = []
     for name in sorted({*proven, *actual}):
         if name not in actual:
@@ -309,21 +301,28 @@ def _settings(receipt: Receipt, here: Here) -> Iterator[Refusal]:
                 f"unset {name} here, and where it was proven",
             )
         elif now is None:
-            yield Refusal(f"{name}: {was} was proven, but it is not set here", _export(name, was))
+            yield Refusal(f"{name}: {was} was proven, but it is not set here", _set(name, was))
         elif was is None:
             yield Refusal(
-                f"{name}: it was not set when this was proven, but is {now} here", f"unset {name}"
+                f"{name}: it was not set when this was proven, but is {now} here", _set(name, was)
             )
         elif was != now:
-            yield Refusal(f"{name}: {was} was proven, but {now} is here", _export(name, was))
+            yield Refusal(f"{name}: {was} was proven, but {now} is here", _set(name, was))
 
 
 def _numeric(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: variables[name] for name in _NUMERIC if name in variables}
 
 
-def _export(name: str, value: str | None) -> str:
-    return f"export {name}={shlex.quote(value or '')}"
+def _set(name: str, value: str | None) -> str:
+    """Return how to set a variable to what was proven."""
+    command = f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}"
+    if name not in _OF_A_HOST:
+        return command
+    return (
+        f"{command}; where hosts call their devices differently, prove it with one list of prefixes"
+        f" for all of them, like {name}={_OF_A_HOST[name]}, and set that here"
+    )
 
 
 def _torch_and_driver(receipt: Receipt, here: Here) -> Iterator[Refusal]:

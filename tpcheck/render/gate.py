@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 from tabulate import tabulate
 
+from tpcheck.render.junit import add_test_case, counted_document
 from tpcheck.render.markdown import escaped, fenced
 from tpcheck.render.text import printable
 
@@ -48,25 +49,19 @@ def render_gate_markdown(decision: Record) -> str:
 
 def render_gate_junit(decision: Record) -> str:
     """Return one test suite with one test case per requirement, as an XML document."""
-    subject = printable(decision["subject"])
-    suite = ElementTree.Element("testsuite", name=f"tpcheck gate {subject}")
+    subject = decision["subject"]
+    suite = ElementTree.Element("testsuite", name=printable(f"tpcheck gate {subject}"))
     for one in decision["requirements"]:
-        name = printable(" ".join(filter(None, (one["key"], one["where"], one["asked"]))))
-        case = ElementTree.SubElement(suite, "testcase", classname=subject, name=name)
+        name = " ".join(filter(None, (one["key"], one["where"], one["asked"])))
+        case = add_test_case(suite, subject, name)
         if not one["met"]:
             message = printable(one["reason"])
             problem = ElementTree.SubElement(case, "failure", type="REFUSED", message=message)
             problem.text = printable(f"{one['reason']}\nsettle: {one['settle']}")
     if decision["outcome"] != "ALLOWED" and all(one["met"] for one in decision["requirements"]):
-        case = ElementTree.SubElement(suite, "testcase", classname=subject, name="anything asked")
+        case = add_test_case(suite, subject, "anything asked")
         ElementTree.SubElement(case, "error", type="REFUSED", message=printable(headline(decision)))
-    suite.set("tests", str(len(suite.findall("testcase"))))
-    suite.set("failures", str(len(suite.findall("testcase/failure"))))
-    suite.set("errors", str(len(suite.findall("testcase/error"))))
-    suite.set("skipped", "0")
-    ElementTree.indent(suite)
-    body = ElementTree.tostring(suite, encoding="unicode")
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{body}\n'
+    return counted_document(suite)
 
 
 def headline(decision: Record) -> str:

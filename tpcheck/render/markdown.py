@@ -51,8 +51,9 @@ def _table(report: Report) -> str:
 def escaped(text: str) -> str:
     """Return one line of text that stands for itself in Markdown."""
     flat = " ".join(printable(text).split()).replace("&", "&amp;").replace("<", "&lt;")
-    # "@" starts a mention wherever the text is posted; a zero-width space keeps it readable
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", flat).replace("@", "@\u200b")
+    # these start a mention or a link wherever it is posted; a zero-width space keeps them readable
+    plain = re.sub(r"(@|:(?=//)|\bwww(?=\.))", "\\1\u200b", flat, flags=re.IGNORECASE)
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", plain)
 
 
 def code(text: str) -> str:

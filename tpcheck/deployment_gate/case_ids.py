@@ -1,0 +1,23 @@
+"""Which case a verdict is about, whoever ran it.
+
+Requirement: a case is one piece of evidence, however often it ran. A report of pytest puts the test
+in front of a case's id, and a number behind it where a test ran it again (pytest_summary.py); it is
+the same seed, batch and length all the same, and the same for `--case`.
+"""
+
+from __future__ import annotations
+
+import re
+
+_IN_A_TEST = re.compile(r".*?\s(s\d+-b\d+-t\d+(?:\+\{.*\})?)(?: #\d+)?", re.DOTALL)
+
+
+def case_of(case_id: str) -> str:
+    """Return the id of a case without the test that ran it.
+
+    Example:
+        >>> case_of("s0-b2-t16"), case_of("tests/test_x.py::test_y s0-b2-t16 #2")
+        ('s0-b2-t16', 's0-b2-t16')
+    """
+    found = _IN_A_TEST.fullmatch(case_id)
+    return case_id if found is None else found[1]
