@@ -14,12 +14,12 @@ import torch
 from tests.subjects import dtensor
 from tpcheck.adapters.reference import BUILTINS
 from tpcheck.errors import TPCheckError
-from tpcheck.execution import digest
 from tpcheck.fallback.gathering import Meter
 from tpcheck.fallback.levels import LEVELS, parallel_model
 from tpcheck.fallback.scoring import ScoringFallback
 from tpcheck.faults import FAULTS
 from tpcheck.faults.planting import planted_decoder
+from tpcheck.outputs import digest
 from tpcheck.placement import Shard
 from tpcheck.subjects import make_ref, resolve
 

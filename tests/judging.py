@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tpcheck.evidence import Evidence
-from tpcheck.execution import digest
+from tpcheck.outputs import digest
 from tpcheck.trace import Collective, Trace
 
 Outputs = Mapping[str, torch.Tensor]

@@ -11,13 +11,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tpcheck.numerics.alarm import RATE, Wealth
+from tpcheck.numerics.alarm import RATE, TOLERATED, Wealth
+from tpcheck.numerics.identification import CONFIDENT
 from tpcheck.numerics.named_orders import ORDERS
 from tpcheck.numerics.tolerance import PRESETS
 
 Json = dict[str, Any]
 
 _SEED = PRESETS["seed-1e-2"][0]
+
+_BLURRED = {
+    "sent": "by the terms that were sent: TP=1 itself rounds more there",
+    "exact": "with what TP=1 itself rounds there besides",
+}
+"""How layers are judged in which TP=1 errs by more than its output's rounding."""
 
 
 def findings_of(profiles: Sequence[Json], rows: Sequence[Json]) -> list[Json]:
@@ -33,7 +40,12 @@ def findings_of(profiles: Sequence[Json], rows: Sequence[Json]) -> list[Json]:
         `epsilons` by dtype), "float32_wire" (`ratio`, `instead`), "allclose" (`passes`,
         `required_both`) or "begins" (`fqn`, `most`: the point of the largest ratio).
     """
-    found = [_reduction(profiles), _better(rows), _float32_wire(rows), _allclose(rows)]
+    found = [
+        _reduction(profiles, rows[0]["dtype"]),
+        _better(rows),
+        _float32_wire(rows),
+        _allclose(rows),
+    ]
     return [one for one in (*found, _begins(profiles)) if one is not None]
 
 
@@ -89,40 +101,84 @@ def compared_dtypes(rows: Sequence[Json]) -> list[Json]:
     return found
 
 
-def _reduction(profiles: Sequence[Json]) -> Json | None:
+def _reduction(profiles: Sequence[Json], dtype: str) -> Json | None:
     """Say which reduction the row-parallel layers show, and whether it is the declared one."""
     rows = [profile["rows"] for profile in profiles if profile.get("rows")]
     if not rows:
         return None
-    declared, layers = rows[0]["declared"], len(rows[0]["layers"])
-    said = list(dict.fromkeys(_sentence(row["reduction"]) for row in rows))
+    declared = rows[0]["declared"]
     alarms = [row["reduction"]["alarm"] for row in rows]
+    wealth = None if None in alarms else _pooled(alarms)
     found: Json = {
         "about": "reduction",
         "identified": list(dict.fromkeys(row["reduction"]["identified"] for row in rows)),
         "declared": declared,
         "raised": None,
     }
-    what = "row-parallel layers" if rows[0].get("terms") != "sent" else "sums over ranks"
-    text = f"{layers} {what} show {'; in another case '.join(said)}"
-    if None not in alarms:
-        wealth = _pooled(alarms)
+    if wealth is not None:
         found |= {"raised": wealth.alarm(), "excess": wealth.excess, "count": wealth.count}
-        text += f": {_against(wealth, declared)}"
-    return {**found, "text": text}
+        against = _against(wealth, declared)
+    else:
+        reason = next(r["reduction"]["alarm_reason"] for r in rows if not r["reduction"]["alarm"])
+        against = f"no alarm can be raised, {reason}"
+    said = [_named(r["reduction"]) + _unlike(r["reduction"], declared, dtype) for r in rows]
+    others = "; in another case ".join(dict.fromkeys(said))
+    return {**found, "text": f"{_held(rows[0])} {others}: {against}"}
 
 
-def _sentence(reduction: Json) -> str:
+def _held(row: Json) -> str:
+    """Say how many outputs are spoken of, and by which terms of the ranks."""
+    count = len(row["layers"])
+    seen = row.get("terms") == "sent"
+    text = f"{count} {'sum' if seen else 'row-parallel layer'}{'s' if count != 1 else ''}"
+    text += " over ranks" if seen else ""
+    for by, said in _BLURRED.items():
+        blurred = sum(
+            one.get("terms") == by and one.get("tp1_excess", 1.0) > TOLERATED
+            for one in row["layers"]
+        )
+        some = f"{blurred} of them " if blurred < count else ""
+        text += f" ({some}{said})" if blurred else ""
+    return f"{text} {'show' if count != 1 else 'shows'}"
+
+
+def _named(reduction: Json) -> str:
     """Say what was identified; what gives the same bits is one phrase per dtype on the wire."""
-    first = reduction["findings"][0]
-    if reduction["identified"] != " = ".join(first["hypotheses"]) or len(first["hypotheses"]) < 3:
-        return str(reduction["identified"])
+    said = str(reduction["identified"])
+    for finding in reduction["findings"]:
+        names = finding["hypotheses"]
+        if len(names) > 2:
+            said = said.replace(" = ".join(names), _one_of(names))
+    return said
+
+
+def _unlike(reduction: Json, declared: str, dtype: str) -> str:
+    """Say that what was identified for certain is another kind than the declared one.
+
+    An alarm says so by itself: this is for kinds whose errors are as large.
+    """
+    first, alarm = reduction["findings"][0], reduction["alarm"]
+    sure = first.get("explains") and first["probability"] >= CONFIDENT
+    if not sure or (alarm is not None and alarm["raised"]):
+        return ""
+    like = any(_is_kind(name, declared, dtype) for name in first["hypotheses"])
+    return "" if like else f", not the declared {declared}"
+
+
+def _one_of(names: Sequence[str]) -> str:
     wires: dict[str, list[str]] = {}
-    for name in first["hypotheses"]:
+    for name in names:
         kind, _, wire = name.rpartition(" in ")
         wires.setdefault(wire, []).append(kind)
     said = [f"{_orders(kinds)} in {wire}" for wire, kinds in wires.items()]
     return f"one of {'; '.join(said)} (the same bits here)"
+
+
+def _is_kind(name: str, declared: str, dtype: str) -> bool:
+    """Whether a hypothesis is of the declared kind in a dtype: an ascending ring is a ring."""
+    kind, _, wire = name.rpartition(" in ")
+    declared = "ring" if (declared, dtype) == ("fp32_wire", "float32") else declared
+    return wire == dtype and kind.endswith(declared)
 
 
 def _orders(kinds: Sequence[str]) -> str:
@@ -144,8 +200,9 @@ def _against(wealth: Wealth, declared: str) -> str:
         return "nothing to hold against a declared reduction"
     if not wealth.alarm():
         return f"errors {wealth.excess:.3g} x those of the declared {declared}, no alarm"
+    said = "ALARM, errors are" if wealth.alarm() == "wider" else "not as declared, errors are only"
     return (
-        f"ALARM, errors are {wealth.excess:.3g} x those of the declared {declared}, over"
+        f"{said} {wealth.excess:.3g} x those of the declared {declared}, over"
         f" {wealth.count} outputs (by chance once in {1 / RATE:,.0f} runs at most)"
     )
 
@@ -170,16 +227,26 @@ def _better(rows: Sequence[Json]) -> Json | None:
         return None
     best, worst = sorted(found, key=lambda name: numbers[name])
     times = numbers[worst] / numbers[best] if numbers[best] else 1.0
-    spare = found[best]["float16_headroom"]
-    spare_x = "" if spare is None else f"{spare:,.0f}" if spare >= 10 else f"{spare:.2g}"
-    room = f"; largest |partial| {largest:.3g}, room in float16 for {spare_x} x" if spare else ""
-    if _told_apart(found[best], found[worst]):
+    room = _room(largest, found[best]["float16_headroom"])
+    if _told_apart(found[best], found[worst]) and not _same_digits(times, 1.0):
         text = f"{best} on the wire is better: error {numbers[best]:.3g} eps against"
         text += f" {numbers[worst]:.3g} with {worst}, {times:.3g} x{room}"
         return {**named, "better": best, "times": times, "text": text}
     text = f"float16 or bfloat16 on the wire makes no measured difference: {numbers[best]:.3g} eps,"
     text += f" {numbers[worst]:.3g} eps{room}"
     return {**named, "better": None, "times": times, "text": text}
+
+
+def _room(largest: float, spare: float | None) -> str:
+    if not spare:
+        return ""
+    times = f"{spare:,.0f}" if spare >= 10 else f"{spare:.2g}"
+    return f"; largest |partial| {largest:.3g}, room in float16 for {times} x"
+
+
+def _same_digits(a: float, b: float) -> bool:
+    """Whether two numbers are written alike: thousands of outputs tell apart what none can use."""
+    return f"{a:.3g}" == f"{b:.3g}"
 
 
 def _told_apart(best: Json, worst: Json) -> bool:
@@ -200,7 +267,7 @@ def _float32_wire(rows: Sequence[Json]) -> Json | None:
     if wide is None or own is None or None in (wide.get("ratio"), own.get("ratio")):
         return None
     text = f"float32 on the wire: {wide['ratio']:.3g} x TP=1's error instead of {own['ratio']:.3g}"
-    if not _told_apart(wide, own):
+    if _same_digits(wide["ratio"], own["ratio"]) or not _told_apart(wide, own):
         text += ", no measured difference"
     return {"about": "float32_wire", "ratio": wide["ratio"], "instead": own["ratio"], "text": text}
 
@@ -225,6 +292,8 @@ def _begins(profiles: Sequence[Json], what: str = "drift") -> Json | None:
         return None
     points = [point for one in begun for point in one["points"] if point["ratio"] is not None]
     text = f"{what} begins in {begun[0]['begins']}"
+    lost = [point for one in begun for point in one["points"] if point.get("not_finite")]
+    text += f"; after {lost[0]['fqn']} values are not finite" if lost else ""
     most = max(points, key=lambda point: float(point["ratio"]), default=None)
     if most is not None:
         text += f"; the largest ratio is {most['ratio']:.3g}, after {most['fqn']}"

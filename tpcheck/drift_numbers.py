@@ -8,7 +8,7 @@ no norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,23 @@ def laid_out(trace: Trace, keys: Sequence[str]) -> Tensor:
     """Return all outputs as [tokens, V] float64."""
     rows = [as_float64(trace.outputs[key]) for key in keys]
     return torch.cat([x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x.reshape(-1, 1) for x in rows])
+
+
+def sequences_of(trace: Trace, keys: Sequence[str], ids: Mapping[str, Tensor]) -> Tensor:
+    """Return the number of each token's sequence, as `laid_out` orders tokens.
+
+    A sequence is a row of its input's ids, or of the output where those are not known.
+    """
+    numbers: list[int] = []
+    for key in keys:
+        output = trace.outputs[key]
+        tokens = output.numel() // output.shape[-1] if output.ndim > 1 else output.numel()
+        rows = len(ids[key]) if key in ids else len(output) if output.ndim else 1
+        if tokens % rows:
+            rows = tokens
+        first = numbers[-1] + 1 if numbers else 0
+        numbers += [first + i // (tokens // rows) for i in range(tokens)]
+    return torch.tensor(numbers)
 
 
 def positions_of(output: Tensor) -> Tensor:

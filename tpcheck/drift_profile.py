@@ -31,6 +31,7 @@ from tpcheck.drift_numbers import (
     laid_out,
     positions_of,
     rms_of,
+    sequences_of,
 )
 from tpcheck.drift_scores import scores, sequence_drift
 from tpcheck.numerics.drift import expected_ratio, floored, ratio_limit
@@ -100,10 +101,10 @@ def profile(evidence: DriftEvidence) -> Json:
             `error`: against the oracle, over elements finite on all sides: `epsilons` and
                 `relative_rms`, and of |error| in epsilons `max`, `p50`, `p90`, `p99`, `p99_9`;
             `ratio`: TP=N's error over TP=1's, which is at least 0.15 epsilons; None where outputs
-                overflow; `interval`: [low, high] of it with 95 % confidence, over tokens; `limit`:
-                what is explained, `within`: whether it is below;
+                overflow; `interval`: [low, high] of it with 95 % confidence, over sequences;
+                `limit`: what is explained, `within`: whether it is below;
             `over_deployed`: its error over that of the deployed reduction, `over_deployed_interval`
-                of it, from the same tokens; None for the deployed one;
+                of it, from the same sequences; None for the deployed one;
             `prediction`: `ratio`, `valid`, `reason`; `bare_layer`: the law's closed form;
             `difference`: TP=N - TP=1: `rms`, `max` (in the output's own unit), `ulp`: a list of
                 [up to so many ulp of TP=1's value, how many elements];
@@ -138,6 +139,7 @@ class _Judge:
         self._evidence = evidence
         self.keys = [key for key in evidence.base.outputs if key != "decode"]
         self._base = laid_out(evidence.base, self.keys)
+        self._sequence = sequences_of(evidence.base, self.keys, evidence.ids)
         oracle = evidence.oracle
         self.wanted = self._base if oracle is None else laid_out(oracle, self.keys)
         self._known = oracle is not None
@@ -189,8 +191,8 @@ class _Judge:
         at_1, floor = self._tp1(finite)
         error = math.sqrt(float(e_n.sum()) / int(finite.sum()))
         ratio = error / at_1 if at_1 else 0.0
-        per_token = finite.sum(1).double().mean()
-        interval = ratio_interval(e_n, e_1, floor=float(floor**2 * per_token)) if at_1 else None
+        least = floor**2 * finite.sum(1).double()
+        interval = self._interval(e_n, e_1, least) if at_1 else None
         prediction = self._prediction(one, at_1, ratio, interval, law)
         explained = max(law, prediction["ratio"] or 0.0)
         limit = ratio_limit(explained)
@@ -226,11 +228,18 @@ class _Judge:
         mine, theirs = self._squares(actual, finite), self._squares(deployed, finite)
         if not theirs.sum():
             return {**none, "over_deployed_reason": "the deployed reduction leaves no error"}
-        interval = ratio_interval(mine, theirs)
+        interval = self._interval(mine, theirs)
         return {
             "over_deployed": math.sqrt(float(mine.sum() / theirs.sum())),
             "over_deployed_interval": None if interval is None else [interval.low, interval.high],
         }
+
+    def _interval(self, *squares: Tensor) -> Interval | None:
+        """Return where the ratio of two errors lies; tokens of one sequence go together."""
+        count = int(self._sequence[-1]) + 1
+        zeros = squares[0].new_zeros(count)
+        actual, expected, *least = (zeros.index_add(0, self._sequence, x) for x in squares)
+        return ratio_interval(actual, expected, least_B=least[0] if least else None)
 
     def _squares(self, actual: Tensor, finite: Tensor) -> Tensor:
         """Return each token's sum of squared errors."""

@@ -17,13 +17,13 @@ from torch import Tensor
 from tpcheck.case_runs import CaseRuns
 from tpcheck.drift_layers import (
     depth,
-    layers_json,
     observed_sums,
     row_parallel,
     split_inputs,
     summed_elsewhere,
 )
 from tpcheck.drift_profile import Carried, DriftEvidence, profile
+from tpcheck.drift_reductions import layers_json
 from tpcheck.evidence import distance, routing_flips
 from tpcheck.execution import Task
 from tpcheck.groups.base import Interceptor
@@ -64,9 +64,9 @@ class DriftRuns:
         Where TP=N was found to be another function (`wrong`), only how far it is: no other wire, no
         prediction and no reduction, because rounding explains nothing of it.
 
-        `rows` is drift_layers.layers_json, None with a reason where no row-parallel layer can be
-        seen; `routing`: `flips` and `margin` of top-k choices against the oracle's, None where the
-        subject makes none.
+        `rows` is drift_reductions.layers_json, None with a reason where no row-parallel layer can
+        be seen; `routing`: `flips` and `margin` of top-k choices against the oracle's, None where
+        the subject makes none.
 
         Raises:
             JobFailed: a rank raised, died or hung; the failure says which and where.
@@ -273,7 +273,7 @@ class DriftRuns:
             answers = self._runs.run(task, 1)[0].extras["replayed"]
         except JobFailed as error:
             return {"rows": None, "rows_reason": f"a layer does not run alone: {error}"}
-        layers, left_out = row_parallel(answers, native, self._runs.dtype)
+        layers, left_out = row_parallel(answers, self._base, native, self._runs.dtype)
         if not layers:
             fqn, reason = next(
                 iter(left_out.items()), ("row-parallel layers", "none gave an output")

@@ -26,7 +26,7 @@ def summary(profiles: Sequence[tuple[int, str, str, Json]]) -> Json:
                 is no number;
             `tp1_epsilons`, `epsilons`, `relative_rms`: root mean squares over cases;
             `ratio` of the first two, `interval` of it and what that is `interval_over`, the
-                "tokens" of one case or "cases";
+                "sequences" of one case or "cases";
             `over_deployed`, its error over that of what is deployed, and `over_deployed_interval`;
             `predicted`, and `prediction_reason` where that is not valid in some case;
             `flips` and the largest `flip_margin` of those shown, `kl_mean`, `kl_max`;
@@ -110,27 +110,45 @@ def _row(kept: Sequence[tuple[str, Json, Json]]) -> Json:
 def _ratio(kept: Sequence[tuple[str, Json, Json]]) -> Json:
     if len(kept) == 1:
         one = kept[0][2]
-        over = "tokens" if one["interval"] else None
+        over = "sequences" if one["interval"] else None
         return {"ratio": one["ratio"], "interval": one["interval"], "interval_over": over}
-    actual = [one["error"]["epsilons"] ** 2 for _, _, one in kept]
-    expected = [max(p["tp1"]["epsilons"], ERROR_FLOOR) ** 2 for _, p, _ in kept]
-    interval = mean_ratio_interval(actual, expected)
+    actual = [_squared(one) for _, _, one in kept]
+    expected = [max(p["tp1"]["epsilons"] or 0.0, ERROR_FLOOR) ** 2 for _, p, _ in kept]
+    between = _between(actual, expected)
     return {
         "ratio": math.sqrt(sum(actual) / sum(expected)),
-        "interval": None if interval is None else [interval.low, interval.high],
-        "interval_over": None if interval is None else "cases",
+        "interval": between,
+        "interval_over": None if between is None else "cases",
     }
 
 
 def _over_deployed(kept: Sequence[tuple[str, Json, Json]]) -> Json:
     names = ("over_deployed", "over_deployed_interval")
-    if len(kept) == 1 or any(one["over_deployed"] is None for _, _, one in kept):
-        return {name: kept[0][2][name] if len(kept) == 1 else None for name in names}
-    actual = [one["error"]["epsilons"] ** 2 for _, _, one in kept]
-    expected = [a / one["over_deployed"] ** 2 for a, (_, _, one) in zip(actual, kept, strict=True)]
+    if len(kept) == 1:
+        return {name: kept[0][2][name] for name in names}
+    if any(one["over_deployed"] is None for _, _, one in kept):
+        return dict.fromkeys(names)
+    actual = [_squared(one) for _, _, one in kept]
+    expected = [_squared(_deployed(profile)) for _, profile, _ in kept]
+    if not sum(expected):
+        return dict.fromkeys(names)
+    ratio = math.sqrt(sum(actual) / sum(expected))
+    return dict(zip(names, (ratio, _between(actual, expected)), strict=True))
+
+
+def _deployed(profile: Json) -> Json:
+    found: Json = next(one for one in profile["reductions"] if one["deployed"])
+    return found
+
+
+def _squared(entry: Json) -> float:
+    """Return a squared error in epsilons; an output of zeros has no unit for one, and none."""
+    return float(entry["error"]["epsilons"] or 0.0) ** 2
+
+
+def _between(actual: Sequence[float], expected: Sequence[float]) -> list[float] | None:
     interval = mean_ratio_interval(actual, expected)
-    between = None if interval is None else [interval.low, interval.high]
-    return dict(zip(names, (math.sqrt(sum(actual) / sum(expected)), between), strict=True))
+    return None if interval is None else [interval.low, interval.high]
 
 
 def _outcome(kept: Sequence[tuple[str, Json, Json]], overflowed: int) -> str:

@@ -8,7 +8,6 @@ at every degree, and hand back outputs, digests and what it saw on the way. It n
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -22,17 +21,12 @@ from tpcheck.observation.codes import CastKey, Codes
 from tpcheck.observation.consumption import Consumption, offer_weights, one_ulp_off
 from tpcheck.observation.dispatch import Choice, Watch
 from tpcheck.observation.injection import reduction_noise
-from tpcheck.observation.modules import (
-    ModuleTracer,
-    fqn_hooks,
-    replay_modules,
-    traced_modules,
-)
+from tpcheck.observation.modules import ModuleTracer, fqn_hooks, replay_modules, traced_modules
 from tpcheck.observation.own_calls import OwnCalls, sums_of
 from tpcheck.observation.planting import Plant, Planter
 from tpcheck.observation.program import Program
 from tpcheck.observation.recording import Recording
-from tpcheck.placement import Placement
+from tpcheck.outputs import checked_shards, digest, whole
 from tpcheck.spec import ModelSpec
 from tpcheck.subjects import Subject, SubjectRef, resolve, with_spec
 from tpcheck.trace import Trace
@@ -223,11 +217,15 @@ class _Runner:
             name = AGAIN if input_id in self._collectives else input_id
             self._run(name, self._forward, input_id)
         if task.decode and hasattr(self._forward, "prefill") and hasattr(self._forward, "step"):
+            if "B" in task.inputs:  # another request, whose leftovers in a cache must not show
+                with self._own_calls or contextlib.nullcontext():
+                    self._decode(*self._arguments("B"))
+                self._group.recorder.take()
             self._run("decode", self._decode, "A")
         if task.trace:
             self._trace_modules()
         if task.shards and hasattr(self._forward, "shards"):
-            self._extras["shards"] = _checked_shards(self._forward.shards())
+            self._extras["shards"] = checked_shards(self._forward.shards())
         self._extras["codes"] = tuple(self._codes)
         self._extras["sent"] = self._sent
         self._extras["choices"] = self._choices
@@ -331,7 +329,10 @@ class _Runner:
                 f" {self._group.rank}, but should return a tensor"
                 + ("" if self._group.rank == 0 else ' (or declare logits="rank0")')
             )
-        return output.detach().to("cpu").clone(memory_format=torch.contiguous_format)
+        tensor: torch.Tensor = output.detach().to("cpu")
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            return tensor.float()  # the same values; torch can neither subtract nor test these
+        return tensor.clone(memory_format=torch.contiguous_format)
 
     def _decode(self, ids: torch.Tensor, *_: torch.Tensor) -> torch.Tensor | None:
         """Prefill the first half of A, then step through the rest, one token at a time."""
@@ -350,49 +351,15 @@ class _Runner:
         task = self._task
         points = traced_modules(self._forward)
         tracer = ModuleTracer(points, self._group, until=task.until)
+        # Held to the same choices as the outputs: a flip would be taken for drift.
+        pinned = task.pinned.get(task.trace)
+        watch = Watch(self._group.recorder, pinned=pinned, rank=self._group.rank)
+        arguments = self._arguments(task.trace)
         with tracer, self._own_calls or contextlib.nullcontext():
-            self._forward(*self._arguments(task.trace))
+            with watch if pinned else contextlib.nullcontext():
+                self._forward(*arguments)
         self._group.recorder.take()
         self._extras["points"] = tracer.records
         self._extras["outside"] = tracer.outside
         if task.replay:
             self._extras["replayed"] = replay_modules(points, task.replay, self._group, tracer)
-
-
-def whole(output: Any) -> Any:
-    """Unwrap what frameworks return: an HF output's logits, a DTensor's full tensor."""
-    if not isinstance(output, torch.Tensor) and hasattr(output, "logits"):
-        output = output.logits
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if hasattr(output, "full_tensor"):
-        output = output.full_tensor()
-    return output
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """Return a hash of a tensor's bytes, dtype and shape: equal exactly when the bits are."""
-    flat: Any = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
-    hashed = hashlib.blake2b(flat, digest_size=16)  # in place: outputs can be large
-    hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    return hashed.hexdigest()
-
-
-def _checked_shards(shards: Any) -> dict[str, tuple[torch.Tensor, Any]]:
-    if not isinstance(shards, Mapping):
-        raise SubjectError(
-            f"forward.shards() returned {type(shards).__name__}, but should return"
-            " {name: (local tensor, placement)}"
-        )
-    checked = {}
-    for name, entry in shards.items():
-        if not (isinstance(entry, tuple) and len(entry) == 2):
-            raise SubjectError(f"forward.shards()[{name!r}] should be (local tensor, placement)")
-        tensor, placement = entry
-        if not isinstance(tensor, torch.Tensor) or not isinstance(placement, Placement):
-            raise SubjectError(
-                f"forward.shards()[{name!r}]=({type(tensor).__name__}, {placement!r}), but should"
-                " be a tensor and one of Shard, Replicate, Partial, Slices"
-            )
-        checked[str(name)] = (tensor.detach().to("cpu").contiguous(), placement)
-    return checked

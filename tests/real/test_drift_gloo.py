@@ -266,8 +266,9 @@ def test_several_cases_are_one_row_with_an_interval_over_them() -> None:
     ]
     low, high = row["interval"]
     assert low <= row["ratio"] <= high
-    assert low >= min(ratios) - 1e-9
-    assert high <= max(ratios) + 1e-9
+    assert min(ratios) <= row["ratio"] <= max(ratios)
+    assert low < min(ratios), "three cases do not bound the next one"
+    assert max(ratios) < high
 
 
 # -- usage

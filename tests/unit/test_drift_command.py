@@ -125,6 +125,20 @@ def test_generated_cases_are_profiled_too() -> None:
     assert report.drift["rows"][0]["cases"] == len(report.verdicts) >= 1
 
 
+@pytest.mark.parametrize("name", ["gptq-small", "nvfp4-small"])
+def test_a_quantized_subject_that_sums_as_declared_raises_no_alarm(name: str) -> None:
+    """Its weights are dequantized into the deployed dtype: TP=1 rounds more too."""
+    report = tpcheck.drift(
+        f"builtin:{name}", (2,), backend="sim", dtypes=("bfloat16",), wires=("float32",)
+    )
+    assert report.outcome == "PASS"
+    assert report.drift is not None
+    (found,) = (one for one in report.drift["findings"] if one["about"] == "reduction")
+    assert found["raised"] == ""
+    assert "(by the terms that were sent: TP=1 itself rounds more there)" in found["text"]
+    assert "ring in bfloat16" in found["identified"][0]
+
+
 def test_a_drift_report_may_say_what_its_checks_would_have_caught() -> None:
     found = tpcheck.drift(
         f"{SUBJECTS}:plain", (2,), backend="sim", dtypes=("bfloat16",), wires=("float32",)
@@ -143,3 +157,12 @@ def test_a_drift_report_may_say_what_its_checks_would_have_caught() -> None:
     assert "would have caught" in render_drift(asked).splitlines()[1]
     assert "would have caught" not in render_drift(found)
     assert asked.drift is not None
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_depth_is_held_to_the_routing_that_the_outputs_are_held_to(dtype: str) -> None:
+    """At this seed a token's experts are a near tie; free routing made ratios of 0.06 and 150."""
+    report = tpcheck.drift("builtin:gpt-oss-tiny", (4,), backend="sim", dtypes=(dtype,), seed=1)
+    points = report.verdicts[0].checks["drift"].facts["profile"]["depth"]["points"]
+    assert len(points) == 2
+    assert all(0.5 < point["ratio"] < 2 for point in points)

@@ -12,12 +12,12 @@ from tests.judging import trace, values
 from tpcheck.drift_layers import (
     RowParallel,
     depth,
-    layers_json,
     observed_sums,
     row_parallel,
     split_inputs,
     summed_elsewhere,
 )
+from tpcheck.drift_reductions import layers_json
 from tpcheck.numerics.reduction import reduce_sum
 from tpcheck.numerics.ulp import eps
 from tpcheck.observation.modules import PointRecord
@@ -40,10 +40,12 @@ def weights() -> Tensor:
     return torch.div(values(HIDDEN, WIDTH, seed=5), WIDTH**0.5)
 
 
-def run(kind: str, *, bias: float = 0.0, scaled: int | None = None) -> list[Trace]:
+def run(
+    kind: str, *, bias: float = 0.0, scaled: int | None = None, stored: Any = torch.float64
+) -> list[Trace]:
     """Return all ranks' traces of a row-parallel layer summed in bfloat16 by a kind."""
     pieces = values(2, TOKENS, WIDTH, seed=6).bfloat16().chunk(RANKS, -1)
-    parts = weights().chunk(RANKS, 1)
+    parts = weights().to(stored).double().chunk(RANKS, 1)
     terms = [x.double() @ w.T for x, w in zip(pieces, parts, strict=True)]
     if scaled is not None:
         terms[scaled] = terms[scaled] * (1 + 2**-5)
@@ -64,16 +66,22 @@ def run(kind: str, *, bias: float = 0.0, scaled: int | None = None) -> list[Trac
     ]
 
 
+def alone(native: list[Trace], bias: float = 0.0, stored: Any = torch.float64) -> Trace:
+    """Return TP=1's trace: its weights rounded to what they are stored in, its product once."""
+    whole = torch.cat([t.extras["points"]["down"].input for t in native], -1)
+    product = (whole.double() @ weights().to(stored).double().T).bfloat16()
+    return traced(down=record(product + bias, whole, finished=0))
+
+
 def answered(native: list[Trace], bias: float = 0.0, power: int = 1) -> dict[str, PointRecord]:
     """Return what TP=1 gives in float64 for the layer's inputs."""
-    whole = torch.cat([t.extras["points"]["down"].input for t in native], -1)
-    base = traced(down=record(None, whole, finished=0))
-    asked = split_inputs(base, native)
+    asked = split_inputs(alone(native), native)
     return {fqn: record((x @ weights().T) ** power + bias, finished=0) for fqn, x in asked.items()}
 
 
-def layers_of(native: list[Trace], bias: float = 0.0) -> list[RowParallel]:
-    return row_parallel(answered(native, bias), native, "bfloat16")[0]
+def layers_of(native: list[Trace], bias: float = 0.0, **fields: Any) -> list[RowParallel]:
+    base = alone(native, bias, **fields)
+    return row_parallel(answered(native, bias), base, native, "bfloat16")[0]
 
 
 # -- exact terms
@@ -97,7 +105,7 @@ def test_a_bias_is_in_no_ranks_term() -> None:
 
 def test_a_layer_that_is_not_linear_is_left_out_and_says_so() -> None:
     native = run("ring")
-    found, left_out = row_parallel(answered(native, power=2), native, "bfloat16")
+    found, left_out = row_parallel(answered(native, power=2), alone(native), native, "bfloat16")
     assert found == []
     assert left_out == {"down": "it is not linear: no rank has a term of its own"}
 
@@ -120,9 +128,8 @@ def test_only_layers_that_take_pieces_and_give_the_whole_are_asked(placements: A
 
 def test_layers_beyond_the_bound_are_not_sent() -> None:
     native = run("ring")
-    whole = torch.cat([t.extras["points"]["down"].input for t in native], -1)
-    base = traced(down=record(None, whole, finished=0))
-    needed = (RANKS + 2) * whole.numel() * 8
+    base = alone(native)
+    needed = (RANKS + 3) * base.extras["points"]["down"].input.numel() * 8
     assert list(split_inputs(base, native, needed)) == ["down"]
     assert split_inputs(base, native, needed - 1) == {}
 
@@ -189,6 +196,58 @@ def test_the_energy_of_the_terms_is_shared_out() -> None:
     assert sum(found) == pytest.approx(1)
 
 
+# -- TP=1 as control: a layer that rounds more than its output, whoever sums
+
+
+def dequantized() -> list[Trace]:
+    """Return traces of a layer whose weights are rounded to bfloat16, as codes of 4 bits are."""
+    return run("ring", stored=torch.bfloat16)
+
+
+def test_a_clean_layer_at_tp1_rounds_its_output_once() -> None:
+    for bias in (0.0, 3.0):
+        (layer,) = layers_of(run("ring", bias=bias), bias)
+        assert layer.tp1_excess == pytest.approx(1.0, abs=1e-3)
+
+
+def test_rounded_weights_are_no_alarm_on_the_sum() -> None:
+    layers = layers_of(dequantized(), stored=torch.bfloat16) * 8
+    assert layers[0].tp1_excess > 1.05
+    found = layers_json(layers, "ring", "bfloat16")
+    assert found["reduction"]["alarm"]["raised"] == ""
+    assert found["reduction"]["identified"] == "ring in bfloat16"
+    assert {one["terms"] for one in found["layers"]} == {"sent"}
+
+
+def test_what_tp1_does_not_do_is_an_alarm() -> None:
+    found = layers_json(layers_of(dequantized()) * 8, "ring", "bfloat16")
+    assert found["reduction"]["alarm"]["raised"] == "wider"
+    assert {one["terms"] for one in found["layers"]} == {"exact"}
+
+
+def unseen(native: list[Trace]) -> list[Trace]:
+    for one in native:
+        one.extras["points"]["down"].partials = []
+    return native
+
+
+def test_where_no_sent_term_was_seen_tp1s_own_errors_are_allowed_besides() -> None:
+    layers = layers_of(unseen(dequantized()), stored=torch.bfloat16) * 8
+    found = layers_json(layers, "ring", "bfloat16")["reduction"]["alarm"]
+    assert found["raised"] == ""
+    assert found["narrower"] == 0.0  # of a bound: less is no finding
+    coarse = layers_of(unseen(run("ring", scaled=2, stored=torch.bfloat16)), stored=torch.bfloat16)
+    found = layers_json(coarse * 8, "ring", "bfloat16")["reduction"]["alarm"]
+    assert found["raised"] == "wider"
+
+
+def test_a_layer_that_tp1_blurs_says_nothing_of_the_others() -> None:
+    layers = [*layers_of(run("ring")), *layers_of(dequantized(), stored=torch.bfloat16)]
+    found = layers_json(layers, "ring", "bfloat16")
+    assert found["reduction"]["alarm"]["raised"] == ""
+    assert [one["terms"] for one in found["layers"]] == ["exact", "sent"]
+
+
 # -- depth
 
 
@@ -210,6 +269,16 @@ def test_the_residual_stream_is_measured_after_each_layer() -> None:
         assert point["tp1_epsilons"] == pytest.approx(i + 1)
         assert point["epsilons"] == pytest.approx(3 * (i + 1))
         assert point["ratio"] == pytest.approx(3)
+
+
+def test_values_that_are_lost_are_no_error_of_zero() -> None:
+    step = eps("bfloat16")
+    lost = record(values(2, 4, 8, seed=0).where(torch.arange(8) > 2, torch.nan), finished=1)
+    native = stream(step, **{"layers.0": lost})
+    first, second = depth(stream(step), native, stream(0.0), "bfloat16")["points"]
+    assert (first["epsilons"], first["ratio"], first["not_finite"]) == (None, None, 24)
+    assert first["tp1_epsilons"] == pytest.approx(1)
+    assert (second["ratio"], second["not_finite"]) == (pytest.approx(1), 0)
 
 
 def test_drift_begins_where_bits_first_differ() -> None:

@@ -107,8 +107,27 @@ def test_the_ratio_is_of_both_errors_and_lies_in_its_interval() -> None:
     assert high - low == pytest.approx(2 * 1.96 * ratio / math.sqrt(768), rel=0.35)
 
 
-def test_the_same_evidence_gives_the_same_interval() -> None:
-    assert row()["interval"] == row()["interval"]
+def test_tokens_of_one_sequence_are_one_piece_of_evidence() -> None:
+    """A sequence whose tokens repeat one another tells no more than one token of each."""
+
+    def interval(repeats: int) -> tuple[float, float]:
+        outputs = [
+            {key: x[:, :1].repeat(1, repeats, 1) for key, x in run.items()}
+            for run in (ORACLE, BASE, NATIVE)
+        ]
+        oracle, base, native = outputs
+        found = row(base=trace(0, base), oracle=trace(0, oracle), carried=carried(native), ids={})
+        return found["interval"][0], found["interval"][1]
+
+    assert interval(8) == pytest.approx(interval(1))
+
+
+def test_outputs_without_a_dim_of_tokens_are_told_apart_by_row() -> None:
+    outputs = [{key: x[:, 0, 0] for key, x in run.items()} for run in (ORACLE, BASE, NATIVE)]
+    oracle, base, native = (trace(0, one) for one in outputs)
+    given = [Carried("bfloat16", True, native, seen())]
+    found = row(base=base, oracle=oracle, carried=given, vocab_size=0, ids={})
+    assert found["interval"][0] < found["ratio"] < found["interval"][1]
 
 
 def test_a_reduction_is_held_against_the_deployed_one_on_the_same_tokens() -> None:

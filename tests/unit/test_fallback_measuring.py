@@ -130,6 +130,11 @@ def test_the_table_shows_effect_beside_price():
         "4 float16 full 5.3 -> 1 0.012 -> 0 yes 3 MiB 1.5 KiB 12.5 ms (4)".split()
     )
     assert lines[-1] == "fixed_tree: not measured: why not"
+    also = {**refused, "level": "full", "reason": "why not"}
+    named = {**refused, "reason": "fixed_tree: why not"}
+    assert render_fallback([also, named]).splitlines()[1:] == [
+        "full, fixed_tree: not measured: why not"
+    ]
     assert render_fallback([]) == ""
     nothing = render_fallback([{**full, "ratio_before": 1.02}])
     assert nothing.endswith("there is nothing to buy here")
@@ -148,12 +153,14 @@ def moe_task(seed):
     ref = make_ref(build)
     case = Case(seed, 2, 16)
     runs = CaseRuns(SimulatedRanks(), ref, resolve(ref), case, "bfloat16", (4,), 60.0)
-    return replace(runs.task, inputs={key: runs.inputs[key] for key in "AB"})
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(MIXTRAL.vocab_size, (2, 2, 16), generator=draw)
+    return replace(runs.task, inputs={"A": (ids[0],), "B": (ids[1],)})
 
 
 def test_a_flip_of_the_router_is_not_what_a_level_buys():
     """At this seed TP=4 routes one row otherwise than float64, and the level does not."""
-    task = moe_task(2)
+    task = moe_task(3)
     (found,) = fallback_effects(SimulatedRanks(), task, 4, ("full",))
     assert (found.flips_before, found.flips_after) == (1, 0)
     assert found.routing_pinned
@@ -175,6 +182,6 @@ def test_a_flip_of_the_router_is_not_what_a_level_buys():
 def test_what_routes_nothing_has_no_flips_and_what_has_no_oracle_is_not_pinned():
     dense = effects("builtin:llama-tiny", ("full",))["full"]
     assert (dense.flips_before, dense.flips_after, dense.routing_pinned) == (None, None, None)
-    (free,) = fallback_effects(SimulatedRanks(), moe_task(2), 4, ("full",), oracle_dtype="")
+    (free,) = fallback_effects(SimulatedRanks(), moe_task(3), 4, ("full",), oracle_dtype="")
     assert free.routing_pinned is None
     assert free.ratio_before is None

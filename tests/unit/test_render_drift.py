@@ -133,10 +133,32 @@ def test_marks_stand_where_the_numbers_are() -> None:
     (marks,) = [
         found
         for group in re.findall(r'<g clip-path="[^"]*">\s*((?:<use [^>]*></use>\s*)+)</g>', plot)
-        if len(found := [float(y) for y in re.findall(r' y="([\d.]+)"', group)]) == 3
+        if len({*(found := [float(y) for y in re.findall(r' y="([\d.]+)"', group)])}) == 3
     ]
     assert marks[0] - marks[1] == pytest.approx(marks[1] - marks[2], rel=1e-3)
     assert marks[0] > marks[1], "up is more"
+
+
+@pytest.mark.parametrize(("predicted", "marks"), [(None, 1), (1.25, 2)])
+def test_a_prediction_shows_at_one_degree_alone(predicted: float | None, marks: int) -> None:
+    """A line needs two points: at a single degree it would be none."""
+    said = {"ratio": predicted, "valid": True, "reason": ""}
+    one = profile(entry("bfloat16", 1.5, deployed=True, prediction=said))
+    svg = ratio_plot(drift_content(report_of((4, "bfloat16", "PASS", one)))).svg
+    drawn = re.findall(r'<g clip-path="[^"]*">\s*(?:<use [^>]*></use>\s*)+</g>', svg)
+    assert len(drawn) == marks
+
+
+@pytest.mark.parametrize("degrees", [62, 5])
+def test_degrees_are_written_as_far_as_there_is_room(degrees: int) -> None:
+    made = [
+        (size, "bfloat16", "PASS", profile(entry("bfloat16", 1.5, deployed=True), tp_size=size))
+        for size in range(2, 2 + degrees)
+    ]
+    svg = ratio_plot(drift_content(report_of(*made))).svg
+    labels = [text for text in re.findall(r">\s*(\d+)\s*</text>", svg) if "." not in text]
+    assert len(labels) <= 16
+    assert labels[0] == "2"
 
 
 def test_the_same_report_gives_the_same_bytes_and_so_does_its_json() -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from tpcheck.errors import SubjectError
-from tpcheck.execution import whole
 from tpcheck.fallback.gathering import Collectives, Meter, gathered_pieces, gathered_weight
 from tpcheck.fallback.models import Forward, Products
+from tpcheck.outputs import whole
 from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
 
 Alone = Callable[[Mapping[str, torch.Tensor]], Callable[..., Any]]

@@ -26,13 +26,14 @@ from tpcheck.building import arguments, built, measured_on
 from tpcheck.comparison import pooled_rms
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import routing_flips
-from tpcheck.execution import Task, digest, whole
+from tpcheck.execution import Task
 from tpcheck.fallback.gathering import Cost, Meter
 from tpcheck.fallback.levels import LEVELS, parallel_model, parse_levels
 from tpcheck.groups.jobs import Job, JobFailed, Ranks, World
 from tpcheck.numerics.drift import floored
 from tpcheck.numerics.ulp import eps
 from tpcheck.observation.dispatch import Choice, Watch
+from tpcheck.outputs import digest, whole
 
 REPEATS = 3
 """Timed forwards of each level, after one that is not: the median of the slowest rank counts."""

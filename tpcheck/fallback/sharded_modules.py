@@ -20,11 +20,11 @@ import torch
 from torch import nn
 
 from tpcheck.errors import SubjectError
-from tpcheck.execution import whole
 from tpcheck.fallback.cloning import cloned, with_forward, without_wrapping
 from tpcheck.fallback.gathering import Collectives, MeshGroup, Meter
 from tpcheck.fallback.models import Forward, Products, WholeHead, no_rows_is_an_error
 from tpcheck.fallback.products import LEAVES, Row, block_width, require_blocks
+from tpcheck.outputs import whole
 
 
 class ShardedModule:

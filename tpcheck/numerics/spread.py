@@ -7,9 +7,9 @@ on. Nothing here knows a model.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -19,11 +19,8 @@ PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 CONFIDENCE = 0.95
 """Of the intervals here."""
 
-_DRAWS = 1000
-"""Resamples: their 2.5 and 97.5 percentiles are then known to about 2 % of the interval."""
-
-_MAX_BLOCKS = 512
-"""Blocks to resample: more make the interval no better, and the draws slower."""
+_WIDEST = 200.0
+"""Of the logarithm: an interval beyond e^100 on either side is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,57 +65,66 @@ def ulp_histogram(errors: Tensor, values: Tensor, dtype: torch.dtype) -> list[tu
 
 
 def ratio_interval(
-    actual_N: Tensor, expected_N: Tensor, *, floor: float = 0.0, seed: int = 0
+    actual_B: Tensor, expected_B: Tensor, *, least_B: Tensor | None = None
 ) -> Interval | None:
-    """Return where sqrt(sum actual / sum expected) lies, from blocks of neighbours resampled.
+    """Return where sqrt(sum actual / sum expected) lies, from how blocks differ.
 
-    None for fewer than 8 tokens, which say nothing of their own spread.
+    Blocks have to be independent: a token's error goes on in those after it, so a block is a
+    sequence, or a whole case. None for a single block, and where one block holds all there is.
 
     Args:
-        actual_N: each token's sum of squares.
-        expected_N: the same of what it is held against.
-        floor: the least that the mean of `expected_N` counts as.
-        seed: of the resampling.
+        actual_B: each block's sum of squares.
+        expected_B: the same of what it is held against.
+        least_B: the least that the sum of `expected_B` counts as, block by block.
 
-    Source: the percentile bootstrap of a ratio of means (Efron & Tibshirani 1993, section 13.3),
-        over blocks because a token's error goes on in those after it (Carlstein 1986).
+    Source: Student's t on the jackknife of log(sum / sum) (Efron & Tibshirani 1993, chapter 11;
+        Miller 1974, Biometrika 61, on the logarithm). Holds the true ratio 94 to 96 times in 100
+        for 8 sequences of a model, and of few normal blocks: tests/unit/test_spread.py. A bootstrap
+        of tokens held 83 to 87 there, one of 3 cases 74.
     """
-    count = actual_N.numel()
-    if count < 8:
+    count = actual_B.numel()
+    if count < 2:
         return None
-    blocks = min(count, _MAX_BLOCKS)
-    held = torch.stack([actual_N.double(), expected_N.double(), torch.ones(count).double()])
-    sums_3b = torch.stack([part.sum(1) for part in held.tensor_split(blocks, 1)], 1)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(blocks, (_DRAWS, blocks), generator=generator)
-    actual, expected, tokens = sums_3b[:, drawn].sum(-1)
-    ratios = (actual / torch.maximum(expected, tokens * floor)).sqrt()
-    return _interval(ratios[ratios.isfinite()].tolist())
+    actual_B, expected_B = actual_B.double(), expected_B.double()
+    least_B = torch.zeros_like(expected_B) if least_B is None else least_B.double()
+    below = torch.maximum(expected_B.sum(), least_B.sum())
+    if below > 0 and not actual_B.any():
+        return Interval(0.0, 0.0)
+    others_B = torch.maximum(expected_B.sum() - expected_B, least_B.sum() - least_B)
+    logs_B = (actual_B.sum() - actual_B).log() - others_B.log()
+    error = math.sqrt(float((logs_B - logs_B.mean()).square().sum()) * (count - 1) / count)
+    middle = float(actual_B.sum().log() - below.log())
+    half = _student_t(count - 1) * error
+    if not math.isfinite(middle) or not half < _WIDEST:
+        return None
+    return Interval(math.exp((middle - half) / 2), math.exp((middle + half) / 2))
 
 
-def mean_ratio_interval(
-    actual: Sequence[float], expected: Sequence[float], *, seed: int = 0
-) -> Interval | None:
-    """Return where sqrt(sum actual / sum expected) lies over cases resampled; None for one case.
+def mean_ratio_interval(actual: Sequence[float], expected: Sequence[float]) -> Interval | None:
+    """Return where sqrt(sum actual / sum expected) lies, over cases; None for one case.
 
-    Source: the percentile bootstrap, as in `ratio_interval`.
+    Source: `ratio_interval`.
     """
-    if len(actual) < 2:
-        return None
-    generator = random.Random(seed)
-    ratios = []
-    for _ in range(_DRAWS):
-        drawn = generator.choices(range(len(actual)), k=len(actual))
-        below = sum(expected[i] for i in drawn)
-        if below > 0:
-            ratios.append(math.sqrt(sum(actual[i] for i in drawn) / below))
-    return _interval(ratios)
+    held = (torch.tensor(values, dtype=torch.float64) for values in (actual, expected))
+    return ratio_interval(*held)
 
 
-def _interval(draws: list[float]) -> Interval | None:
-    if not draws:
-        return None
-    ordered = sorted(draws)
-    tail = (1 - CONFIDENCE) / 2
-    last = len(ordered) - 1
-    return Interval(ordered[round(tail * last)], ordered[round((1 - tail) * last)])
+def _student_t(degrees: int) -> float:
+    """Return the quantile that CONFIDENCE of Student's t lies within, on either side of 0.
+
+    Source: exact for 1 and 2 degrees of freedom; from 3 on Abramowitz & Stegun 26.7.5, within
+        0.2 %.
+    """
+    share = (1 + CONFIDENCE) / 2
+    if degrees == 1:
+        return math.tan(math.pi * (share - 0.5))
+    if degrees == 2:
+        return (2 * share - 1) / math.sqrt(2 * share * (1 - share))
+    z = NormalDist().inv_cdf(share)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / float(degrees) ** (i + 1) for i, term in enumerate(terms))

@@ -7,10 +7,7 @@ of drift_content.py.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-
-from tabulate import tabulate
 
 from tpcheck.records import Report
 from tpcheck.render.content import (
@@ -23,16 +20,15 @@ from tpcheck.render.content import (
     subject_line,
 )
 from tpcheck.render.drift_content import (
-    COLUMNS,
     Row,
-    cells,
-    columns_of,
     drift_content,
+    filled_table,
     remarks,
     title,
 )
 from tpcheck.render.fallback import render_fallback
-from tpcheck.render.text import WIDTH, printable, render_finding
+from tpcheck.render.lines import table, wrapped
+from tpcheck.render.text import printable, render_finding
 from tpcheck.render.width import render_width
 
 
@@ -40,12 +36,12 @@ def render_drift(report: Report) -> str:
     """Return the report as lines of text, the verdict on the first."""
     drift = drift_content(report)
     caught = sensitivity_line(report)
-    head = [headline(report), *_lines([caught] * bool(caught))]
+    head = [headline(report), *wrapped(caught)]
     blocks = ["\n".join([*head, subject_line(report), count_line(report)])]
     for dtype in drift.dtypes():
         rows = drift.rows_in(dtype)
-        blocks.append("\n".join([title(dtype, rows), *_table(rows), *_lines(remarks(rows))]))
-        blocks.append("\n".join(_lines(drift.sentences_in(dtype))))
+        blocks.append("\n".join([title(dtype, rows), *_table(rows), *wrapped(*remarks(rows))]))
+        blocks.append("\n".join(wrapped(*drift.sentences_in(dtype))))
     blocks.append(render_fallback(drift.fallback))
     blocks += [render_width(one) for one in drift.width]
     failing = findings(report)
@@ -56,18 +52,14 @@ def render_drift(report: Report) -> str:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    filled = [cells(row) for row in rows if "reason" not in row]
-    columns = columns_of(filled)
+    """Return the table, each degree named once."""
+    headers, filled = filled_table(rows)
     degree = ""
     shown = []
-    for row in filled:
-        first = "" if row[0] == degree else row[0]
-        degree = row[0]
-        shown.append([first, *(row[i] for i in columns if i > 0)])
-    table = tabulate(
-        shown, headers=[COLUMNS[i] for i in columns], tablefmt="simple", disable_numparse=True
-    )
-    return [line.rstrip() for line in table.splitlines()]
+    for _, cells in filled:
+        shown.append(["" if cells[0] == degree else cells[0], *cells[1:]])
+        degree = cells[0]
+    return table(shown, headers)
 
 
 def _footnotes(report: Report) -> str:
@@ -75,15 +67,5 @@ def _footnotes(report: Report) -> str:
     width = max(len(name) for name, _ in notes)
     lines = []
     for name, text in notes:
-        lines += _wrapped(f"{name:<{width}}  {' '.join(text.split())}", " " * (width + 2))
+        lines += wrapped(f"{name:<{width}}  {' '.join(text.split())}", indent=" " * (width + 2))
     return "\n".join(lines)
-
-
-def _lines(texts: Sequence[str]) -> list[str]:
-    return [line for text in texts for line in _wrapped(text)]
-
-
-def _wrapped(text: str, indent: str = "  ") -> list[str]:
-    return textwrap.wrap(
-        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )

@@ -7,7 +7,7 @@ that does not hold says so and why. Pure functions of the report's JSON, so ever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +96,15 @@ def title(dtype: str, rows: Sequence[Row]) -> str:
     return f"{dtype}, {over}; * as it is deployed"
 
 
-def columns_of(table: Iterable[Sequence[str]]) -> list[int]:
-    """Return the columns in which some row has something to say."""
-    held = list(table)
-    return [i for i, _ in enumerate(COLUMNS) if any(row[i] for row in held)]
+def filled_table(rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[str]]]]:
+    """Return headers, and the rows that have numbers with their cells.
+
+    Of COLUMNS those in which some row has something to say.
+    """
+    filled = [(row, cells(row)) for row in rows if "reason" not in row]
+    columns = [i for i, _ in enumerate(COLUMNS) if any(shown[i] for _, shown in filled)]
+    held = [(row, [shown[i] for i in columns]) for row, shown in filled]
+    return [COLUMNS[i] for i in columns], held
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -20,11 +20,9 @@ from tpcheck.render.content import (
     subject_line,
 )
 from tpcheck.render.drift_content import (
-    COLUMNS,
     DriftContent,
-    cells,
-    columns_of,
     drift_content,
+    filled_table,
     remarks,
     sentences,
     title,
@@ -71,8 +69,7 @@ def render_drift_markdown(report: Report) -> str:
 
 def _dtype(content: DriftContent, dtype: str) -> list[str]:
     rows = content.rows_in(dtype)
-    filled = [(row, cells(row)) for row in rows if "reason" not in row]
-    columns = columns_of(one for _, one in filled)
+    headers, filled = filled_table(rows)
     wires = list(dict.fromkeys(row["reduction"] for row, _ in filled))
 
     def matters(i: int) -> tuple[bool, int]:
@@ -80,14 +77,13 @@ def _dtype(content: DriftContent, dtype: str) -> list[str]:
         return not row["deployed"], wires.index(row["reduction"])
 
     kept = sorted(sorted(range(len(filled)), key=matters)[:MAX_ROWS])
-    shown = [[filled[i][1][column] for column in columns] for i in kept]
     first, left_out = _findings(content, dtype)
     said = [*first, *remarks(rows)]
     lines = [f"- {_brief(text)}" for text in said[:MAX_SENTENCES]]
     more = _more(max(0, len(said) - MAX_SENTENCES) + left_out, "findings")
     return [
         f"### {_brief(title(dtype, rows))}",
-        _table([COLUMNS[i] for i in columns], shown, len(filled)),
+        _table(headers, [filled[i][1] for i in kept], len(filled)),
         "\n".join([*lines, *(f"- {text}" for text in more)]),
     ]
 

@@ -13,11 +13,9 @@ from typing import Any
 from tpcheck.records import Report
 from tpcheck.render import fallback, width
 from tpcheck.render.drift_content import (
-    COLUMNS,
     DriftContent,
-    cells,
-    columns_of,
     drift_content,
+    filled_table,
     remarks,
     title,
 )
@@ -61,8 +59,7 @@ def render_drift_page(report: Report) -> str:
 
 def _dtype(content: DriftContent, dtype: str) -> dict[str, Any]:
     rows = content.rows_in(dtype)
-    filled = [(row, cells(row)) for row in rows if "reason" not in row]
-    columns = columns_of(one for _, one in filled)
+    headers, filled = filled_table(rows)
     shown, degree = [], None
     for row, one in filled[:MAX_VERDICT_ROWS]:
         shown.append(
@@ -70,7 +67,7 @@ def _dtype(content: DriftContent, dtype: str) -> dict[str, Any]:
                 "deployed": row["deployed"],
                 "next": degree is not None and row["tp_size"] != degree,
                 "outcome": row["outcome"],
-                "cells": [one[i] for i in columns],
+                "cells": one,
             }
         )
         degree = row["tp_size"]
@@ -78,7 +75,7 @@ def _dtype(content: DriftContent, dtype: str) -> dict[str, Any]:
     return {
         "name": dtype,
         "title": title(dtype, rows),
-        "columns": [COLUMNS[i] for i in columns],
+        "columns": headers,
         "rows": shown,
         "rows_left_out": max(0, len(filled) - MAX_VERDICT_ROWS),
         "sentences": sentences[:MAX_SENTENCES],
@@ -121,9 +118,7 @@ def _cost(cost: Any) -> dict[str, Any]:
         "dtype": f"{cost['dtype']}, on {cost['measured_on']}",
         "columns": width.COLUMNS,
         "rows": width.degree_rows(cost),
-        "reasons": [
-            f"tp={one['tp_size']}: {one['reason']}" for one in cost["degrees"] if one["reason"]
-        ],
+        "reasons": width.degree_reasons(cost),
         "recommendation": cost["recommendation"],
     }
 

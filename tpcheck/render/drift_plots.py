@@ -132,7 +132,9 @@ def _draw_ratio_panel(
         aside = (i - (len(here) - 1) / 2) * 0.1
         x = [degrees.index(row["tp_size"]) + aside for row in own]
         line = [_predicted(row) for row in own]
-        axes.plot(x, line, color=ink, linestyle=DASHES[at % len(DASHES)], linewidth=1.2)
+        # a tick too: one degree alone, or between two whose prediction does not hold, is no line
+        dash = DASHES[at % len(DASHES)]
+        axes.plot(x, line, color=ink, linestyle=dash, linewidth=1.2, marker="_", markersize=14)
         ends = [row["interval"] or (row["ratio"], row["ratio"]) for row in own]
         measured = [row["ratio"] for row in own]
         below = [max(0.0, y - low) for y, (low, _) in zip(measured, ends, strict=True)]
@@ -149,7 +151,8 @@ def _draw_ratio_panel(
                 markerfacecolor=ink if holds else INKS["paper"],
                 label=label(f"{wire}{' *' if own[0]['deployed'] else ''}", 18) if holds else None,
             )
-    axes.set_xticks(range(len(degrees)), [str(degree) for degree in degrees])
+    step = -(-len(degrees) // 16)
+    axes.set_xticks(range(0, len(degrees), step), [str(degree) for degree in degrees[::step]])
     axes.set_xlim(-0.5, len(degrees) - 0.5)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tabulate import tabulate
+from tpcheck.render.lines import table, wrapped
 
 Json = Mapping[str, Any]
 
@@ -31,11 +31,8 @@ def render_fallback(rows: Sequence[Json]) -> str:
     if not rows:
         return ""
     cells = effect_rows(rows)
-    lines = [effect_title(rows)]
-    if cells:
-        table = tabulate(cells, headers=COLUMNS, tablefmt="simple", disable_numparse=True)
-        lines += [line.rstrip() for line in table.splitlines()]
-    return "\n".join([*lines, *effect_remarks(rows)])
+    filled = table(cells, COLUMNS) if cells else []
+    return "\n".join([*wrapped(effect_title(rows)), *filled, *wrapped(*effect_remarks(rows))])
 
 
 def effect_title(rows: Sequence[Json]) -> str:
@@ -52,8 +49,11 @@ def effect_rows(rows: Sequence[Json]) -> list[tuple[str, ...]]:
 
 def effect_remarks(rows: Sequence[Json]) -> list[str]:
     """Say why a level was not measured, and what else has to be known of the others."""
-    refused = dict.fromkeys((row["level"], row["reason"]) for row in rows if row["reason"])
-    lines = [f"{level}: not measured: {reason}" for level, reason in refused]
+    refused: dict[str, list[str]] = {}
+    for level, reason in dict.fromkeys((row["level"], row["reason"]) for row in rows):
+        if reason:
+            refused.setdefault(reason.removeprefix(f"{level}: "), []).append(level)
+    lines = [f"{', '.join(levels)}: not measured: {text}" for text, levels in refused.items()]
     return lines + _remarks([row for row in rows if not row["reason"]])
 
 

@@ -6,10 +6,10 @@ nowhere else. A function of the JSON.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from tabulate import tabulate
+from tpcheck.render.lines import table, wrapped
 
 Json = Mapping[str, Any]
 
@@ -19,13 +19,17 @@ BY_SIZE = ("tp", "bytes", "in the forward", "calls", "by itself", "bus bandwidth
 
 def render_width(cost: Json) -> str:
     """Return a WidthCost's JSON as text."""
-    degrees = cost["degrees"]
-    lines = [f"what width costs {cost['subject']} in {cost['dtype']}, on {cost['measured_on']}"]
-    lines += _table(degree_rows(cost), COLUMNS)
+    where = f"what width costs {cost['subject']} in {cost['dtype']}, on {cost['measured_on']}"
+    lines = [*wrapped(where), *table(degree_rows(cost), COLUMNS)]
     sizes = size_rows(cost)
-    lines += ["", *_table(sizes, BY_SIZE)] if sizes else []
-    lines += [f"tp={one['tp_size']}: {one['reason']}" for one in degrees if one["reason"]]
-    return "\n".join([*lines, "", cost["recommendation"]])
+    lines += ["", *table(sizes, BY_SIZE)] if sizes else []
+    lines += wrapped(*degree_reasons(cost))
+    return "\n".join([*lines, "", *wrapped(cost["recommendation"])])
+
+
+def degree_reasons(cost: Json) -> list[str]:
+    """Say of degrees why a number of theirs is missing."""
+    return [f"tp={one['tp_size']}: {one['reason']}" for one in cost["degrees"] if one["reason"]]
 
 
 def degree_rows(cost: Json) -> list[tuple[str, ...]]:
@@ -36,11 +40,6 @@ def degree_rows(cost: Json) -> list[tuple[str, ...]]:
 def size_rows(cost: Json) -> list[tuple[str, ...]]:
     """Return a row of BY_SIZE per degree and size of an all-reduce."""
     return [row for one in cost["degrees"] for row in _sizes(one)]
-
-
-def _table(rows: Sequence[Sequence[str]], headers: Sequence[str]) -> list[str]:
-    table = tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True)
-    return [line.rstrip() for line in table.splitlines()]
 
 
 def _degree(one: Json) -> tuple[str, ...]:

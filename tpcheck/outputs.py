@@ -1,0 +1,51 @@
+"""What a forward gives: the tensor in what it returns, its digest, and the shards it exposes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tpcheck.errors import SubjectError
+from tpcheck.placement import Placement
+
+
+def whole(output: Any) -> Any:
+    """Unwrap what frameworks return: an HF output's logits, a DTensor's full tensor."""
+    if not isinstance(output, torch.Tensor) and hasattr(output, "logits"):
+        output = output.logits
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    if hasattr(output, "full_tensor"):
+        output = output.full_tensor()
+    return output
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's bytes, dtype and shape: equal exactly when the bits are."""
+    flat: Any = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()
+    hashed = hashlib.blake2b(flat, digest_size=16)  # in place: outputs can be large
+    hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    return hashed.hexdigest()
+
+
+def checked_shards(shards: Any) -> dict[str, tuple[torch.Tensor, Any]]:
+    if not isinstance(shards, Mapping):
+        raise SubjectError(
+            f"forward.shards() returned {type(shards).__name__}, but should return"
+            " {name: (local tensor, placement)}"
+        )
+    checked = {}
+    for name, entry in shards.items():
+        if not (isinstance(entry, tuple) and len(entry) == 2):
+            raise SubjectError(f"forward.shards()[{name!r}] should be (local tensor, placement)")
+        tensor, placement = entry
+        if not isinstance(tensor, torch.Tensor) or not isinstance(placement, Placement):
+            raise SubjectError(
+                f"forward.shards()[{name!r}]=({type(tensor).__name__}, {placement!r}), but should"
+                " be a tensor and one of Shard, Replicate, Partial, Slices"
+            )
+        checked[str(name)] = (tensor.detach().to("cpu").contiguous(), placement)
+    return checked
