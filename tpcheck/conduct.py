@@ -31,7 +31,7 @@ def rank_agreement(evidence: Evidence) -> Check:
             common = Counter(digests).most_common(1)[0][0]
             odd = [rank for rank, value in enumerate(digests) if value != common]
             if odd:
-                detail = _disagreement(traces, key, odd[0])
+                detail = _disagreement(traces[odd[0]], traces[digests.index(common)], key)
                 return Check(
                     FAIL, f"{key}: {_ranks(odd)} returned other bits than the rest{detail}"
                 )
@@ -53,7 +53,8 @@ def repeatability(evidence: Evidence) -> Check:
                 return Check(
                     FAIL,
                     f"rank {trace.rank}: the same input gave other bits after another input"
-                    f"{_change(trace)}: state leaks from one call into the next",
+                    f"{_change(trace)}: state leaks from one call into the next, or chance decides"
+                    " (a race, a random draw)",
                 )
     return Check(PASS) if seen else Check(SKIPPED, "no input was run twice")
 
@@ -145,18 +146,24 @@ def _consumption_problems(evidence: Evidence) -> list[str]:
     return problems
 
 
-def _disagreement(traces: Sequence[Trace], key: str, rank: int) -> str:
-    mine, first = traces[rank].outputs.get(key), traces[0].outputs.get(key)
-    if mine is None or first is None or mine.shape != first.shape:
-        return ""
-    return f", first at {describe_region(mine != first)}"
+def _disagreement(odd: Trace, usual: Trace, key: str) -> str:
+    where = _other_bits(odd.outputs.get(key), usual.outputs.get(key))
+    return f", first at {where}" if where else ""
 
 
 def _change(trace: Trace) -> str:
-    before, after = trace.outputs.get("A"), trace.outputs.get(AGAIN)
-    if before is None or after is None or before.shape != after.shape:
+    where = _other_bits(trace.outputs.get(AGAIN), trace.outputs.get("A"))
+    return f", at {where}" if where else ""
+
+
+def _other_bits(actual: torch.Tensor | None, expected: torch.Tensor | None) -> str:
+    """Return where bits differ: -0.0 is another than 0.0, and a NaN may be the same."""
+    if actual is None or expected is None or actual.shape != expected.shape:
         return ""
-    return f", at {describe_region(before != after)}"
+    if actual.dtype != expected.dtype:
+        return ""
+    here, there = (x.contiguous().unsqueeze(-1).view(torch.uint8) for x in (actual, expected))
+    return describe_region((here != there).any(-1))
 
 
 def _repeats(trace: Trace) -> bool:

@@ -17,6 +17,7 @@ from tpcheck.localization import locate
 from tpcheck.numerics.drift import ratio_limit
 from tpcheck.numerics.tolerance import structural_limit
 from tpcheck.numerics.ulp import eps
+from tpcheck.reconciliation import relative
 from tpcheck.records import FAIL, Check, FirstDivergence
 from tpcheck.trace import Trace
 
@@ -41,7 +42,7 @@ def first_divergence(
     if not exact and not (failed & {"drift", "rank_agreement"} or task.until):
         return None, ()
     try:
-        where = str(checks["structural"].facts.get("worst_input", "A"))
+        where = _input_to_trace(evidence, checks)
         if exact or (task.until and not failed):
             return _in_float64(task, run, evidence, where), ()
         return _in_deployed_dtype(task, run, evidence, oracle_dtype), ()
@@ -49,6 +50,16 @@ def first_divergence(
         if task.until and isinstance(error.failure.exception, SubjectError):
             raise  # the user asked for a module that is not there
         return None, (f"localization stopped: {error}",)
+
+
+def _input_to_trace(evidence: Evidence, checks: Mapping[str, Check]) -> str:
+    """Return the input to look at: A if it fails too, for one token may be a shard, or copies."""
+    worst = str(checks["structural"].facts.get("worst_input", "A"))
+    if worst == "A" or evidence.oracle is None or not evidence.exact:
+        return worst
+    got, want = evidence.exact[0].outputs.get("A"), evidence.oracle.outputs.get("A")
+    limit = structural_limit(evidence.floor.relative_rms)
+    return worst if want is None or relative(got, want) <= limit else "A"
 
 
 def _in_float64(task: Task, run: Run, evidence: Evidence, input_id: str) -> FirstDivergence | None:

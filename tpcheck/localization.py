@@ -3,12 +3,9 @@
 Requirement: a failing verdict names a module, a rank and an index range, not a logit. Modules are
 taken in the order in which they returned, so an inner module is blamed before the one around it.
 Where placements are declared the module is judged on the reference's own input (a replay), so an
-upstream error is not blamed on what follows; at a row-parallel layer the regression onto the
-captured partials names the rank and the factor.
-
-[Undeclared Placements] An output without a declared placement is read as Replicate when all ranks
-hold the same bits or the reference's values, else as Shard(dim) when the sizes add up, else as
-Partial("sum"). Two dims that fit equally well are a tie, and the point is skipped.
+upstream error is not blamed on what follows; elsewhere an input that is off already is told, since
+code between modules can be at fault. At a row-parallel layer the regression onto the captured
+partials names the rank and the factor. Placements that nobody declared: [Undeclared Placements].
 """
 
 from __future__ import annotations
@@ -20,7 +17,8 @@ import torch
 from tpcheck.comparison import compare, describe_region, mask_difference
 from tpcheck.numerics.regression import most_scaled_rank
 from tpcheck.observation.modules import PointRecord
-from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
+from tpcheck.placement import Partial, Placement, Replicate, Slices
+from tpcheck.reconciliation import infer, reconciled, relative, rms
 from tpcheck.records import FirstDivergence
 from tpcheck.trace import Trace
 
@@ -48,20 +46,25 @@ def locate(
     points = _points(reference)
     for fqn in sorted(points, key=lambda name: points[name].finished):
         want = points[fqn].output
-        if want is None or any(fqn not in _points(trace) for trace in traces):
+        if want is None:
             continue
         allowed = limit
         if base is not None and fqn in _points(base):
-            allowed = max(limit, ratio_limit * _relative(_points(base)[fqn].output, want))
-        found = _judge_point(fqn, want, traces, allowed, exact=base is None)
+            allowed = max(limit, ratio_limit * relative(_points(base)[fqn].output, want))
+        if all(fqn in _points(trace) for trace in traces):
+            found = _judge_point(fqn, points[fqn], traces, allowed, exact=base is None)
+        else:
+            found = _judge_holders(fqn, points[fqn], traces, allowed)
         if found is not None:
             return found
     return None
 
 
 def _judge_point(
-    fqn: str, want: torch.Tensor, traces: Sequence[Trace], allowed: float, *, exact: bool
+    fqn: str, reference: PointRecord, traces: Sequence[Trace], allowed: float, *, exact: bool
 ) -> FirstDivergence | None:
+    want = reference.output
+    assert want is not None
     replayed = all(fqn in trace.extras.get("replayed", {}) for trace in traces)
     records = [
         (trace.extras["replayed"] if replayed else trace.extras["points"])[fqn] for trace in traces
@@ -70,118 +73,105 @@ def _judge_point(
     if any(output is None for output in outputs):
         return None
     declared = [record.out_placement for record in records]
-    placements = declared if declared[0] is not None else _infer(outputs, want, allowed)
+    placements = declared if declared[0] is not None else infer(outputs, want, allowed)
     if placements is None:
         return None
-    rank, got = _reconciled(outputs, placements, want, allowed)
-    if got is None or _relative(got, want) <= allowed:
+    rank, got = reconciled(outputs, placements, want, allowed)
+    if got is None or relative(got, want) <= allowed:
         return None
     if got.shape != want.shape:
         detail = f"shape={list(got.shape)}, but should be {list(want.shape)} as at TP=1"
         return FirstDivergence(fqn, rank, detail=detail)
-    size = _rms(torch.where(want.isfinite(), want, 0.0))
-    bad = (got.double() - want.double()).abs() > max(allowed, 1e-15) * size
-    bad |= mask_difference(got, want)
     worst = compare(got, want, dtype=outputs[0].dtype)
     notes = [f"relative rms {worst.relative_rms:.3g}"]
     notes += ["on the reference's own input"] if replayed else []
     if declared[0] is None:
-        notes.append(f"read as {placements[0]}")
-    attribute = _attribution if exact else _regression
-    blamed, text = attribute(records, want, placements[0], allowed)
+        notes.append(_reading(placements))
+    blamed, text = (None, "") if replayed else _blame_for_input(records, reference, allowed)
+    if not text:
+        attribute = _attribution if exact else _regression
+        blamed, text = attribute(records, reference, placements[0], allowed)
     notes += [text] if text else []
     return FirstDivergence(
         fqn=fqn,
         rank=blamed if blamed is not None else rank,
-        index=describe_region(bad),
+        index=_place(got, want, allowed),
         ulp=worst.worst_ulp,
         detail="; ".join(notes),
     )
 
 
-def _infer(
-    outputs: Sequence[torch.Tensor], want: torch.Tensor, allowed: float
-) -> list[Placement] | None:
-    size = len(outputs)
-    if all(output.shape == want.shape for output in outputs):
-        right = all(_relative(output, want) <= allowed for output in outputs)
-        same = right or all(torch.equal(output, outputs[0]) for output in outputs)
-        return [Replicate() if same else Partial()] * size
-    if any(output.ndim != want.ndim for output in outputs):
-        return None
-    dims = [
-        dim
-        for dim in range(want.ndim)
-        if sum(output.shape[dim] for output in outputs) == want.shape[dim]
-        and all(
-            output.shape[:dim] + output.shape[dim + 1 :] == want.shape[:dim] + want.shape[dim + 1 :]
-            for output in outputs
+def _judge_holders(
+    fqn: str, reference: PointRecord, traces: Sequence[Trace], allowed: float
+) -> FirstDivergence | None:
+    """Judge a module that some ranks have, as an expert: given the same, it has to give the same.
+
+    Given something else, or a piece of it, there is nothing to hold it against.
+    """
+    want = reference.output
+    assert want is not None
+    for trace in traces:
+        own = _points(trace).get(fqn)
+        if own is None or own.input is None or own.output is None or own.output.shape != want.shape:
+            continue
+        if relative(own.input, reference.input) > allowed or relative(own.output, want) <= allowed:
+            continue
+        worst = compare(own.output, want, dtype=own.output.dtype)
+        return FirstDivergence(
+            fqn=fqn,
+            rank=trace.rank,
+            index=_place(own.output, want, allowed),
+            ulp=worst.worst_ulp,
+            detail=f"relative rms {worst.relative_rms:.3g}; on the same input",
         )
-    ]
-    return [Shard(dims[0])] * size if len(dims) == 1 else None
+    return None
 
 
-def _reconciled(
-    outputs: Sequence[torch.Tensor],
-    placements: Sequence[Placement],
-    want: torch.Tensor,
-    allowed: float,
-) -> tuple[int | None, torch.Tensor | None]:
-    """Return (the rank to blame, if one can be told; the logical tensor as the ranks hold it)."""
+def _place(got: torch.Tensor, want: torch.Tensor, allowed: float) -> str:
+    size = rms(torch.where(want.isfinite(), want, 0.0))
+    bad = (got.double() - want.double()).abs() > max(allowed, 1e-15) * size
+    return describe_region(bad | mask_difference(got, want))
+
+
+def _reading(placements: Sequence[Placement]) -> str:
     kind = placements[0]
-    if isinstance(kind, Replicate):
-        off = [r for r, out in enumerate(outputs) if _relative(out, want) > allowed]
-        only = off[0] if off and len(off) < len(outputs) else None
-        return only, outputs[off[0] if off else 0]
-    if isinstance(kind, Partial):
-        if any(output.shape != want.shape for output in outputs):
-            return None, None
-        total = torch.stack([output.double() for output in outputs]).sum(0)
-        if _relative(total, want) <= allowed:
-            return None, total
-        off = [r for r, out in enumerate(outputs) if _relative(out, want) > allowed]
-        if 0 < len(off) < len(outputs):  # copies after all, and some are right
-            return off[0], outputs[off[0]]
-        return None, total
-    if isinstance(kind, Shard):
-        try:
-            whole = torch.cat(list(outputs), kind.dim)
-        except RuntimeError:
-            return None, None
-    else:
-        whole = torch.zeros_like(want)
-        for output, placement in zip(outputs, placements, strict=True):
-            assert isinstance(placement, Slices)
-            for here, there in placement.pieces:
-                whole[there] = output[here]
-    if whole.shape != want.shape:
-        return None, whole
-    return _shard_to_blame(outputs, kind, whole, want, allowed), whole
+    if not isinstance(kind, Slices):
+        return f"read as {kind}"
+    several = len(kind.pieces) > 1
+    return f"read as {'parts, each cut in rank order' if several else 'padded shards'}"
 
 
-def _shard_to_blame(
-    outputs: Sequence[torch.Tensor],
-    kind: Placement,
-    whole: torch.Tensor,
-    want: torch.Tensor,
-    allowed: float,
-) -> int | None:
-    if not isinstance(kind, Shard):
-        return None
-    sizes = [output.shape[kind.dim] for output in outputs]
-    pieces = zip(whole.split(sizes, kind.dim), want.split(sizes, kind.dim), strict=True)
-    off = [rank for rank, (got, ref) in enumerate(pieces) if _relative(got, ref) > allowed]
-    return off[0] if off and len(off) < len(outputs) else None
+def _blame_for_input(
+    records: Sequence[PointRecord], reference: PointRecord, allowed: float
+) -> tuple[int | None, str]:
+    """Say whether what went in is off as well: then the code before the module is at fault."""
+    inputs = [record.input for record in records if record.input is not None]
+    want = reference.input
+    if want is None or len(inputs) != len(records):
+        return None, ""
+    placements = infer(inputs, want, allowed)
+    if placements is None:
+        return None, ""
+    rank, got = reconciled(inputs, placements, want, allowed)
+    if got is None:
+        return None, ""
+    if relative(got, want) <= allowed:
+        partial = isinstance(placements[0], Partial)
+        return None, "its input is partial sums, not reduced over ranks" if partial else ""
+    where = "" if rank is None else f" on rank {rank}"
+    return rank, f"its input is off already{where}: look at what comes before it"
 
 
 def _attribution(
-    records: Sequence[PointRecord], want: torch.Tensor, placement: Placement, allowed: float
+    records: Sequence[PointRecord], reference: PointRecord, placement: Placement, allowed: float
 ) -> tuple[int | None, str]:
     """Regress onto the captured partials: which rank's term is missing, foreign or scaled."""
+    want = reference.output
+    assert want is not None
     outputs = [record.output for record in records if record.output is not None]
     if isinstance(placement, Replicate) and all(out.shape == want.shape for out in outputs):
         total = torch.stack([out.double() for out in outputs]).sum(0)
-        if _relative(total, want) <= allowed:
+        if relative(total, want) <= allowed:
             return None, "the ranks' outputs are partial sums: a reduction is missing"
     if any(len(record.partials) != 1 for record in records):
         return None, ""
@@ -192,25 +182,45 @@ def _attribution(
     result = records[0].partials[0][2].double().flatten()
     if operands.shape[0] != result.numel():
         return None, ""
-    if _relative(operands.sum(1), result) > 1e-5:
+    if relative(operands.sum(1), result) > 1e-5:
         weights = _solve(operands, result)
         if weights is None:
             return None, "the reduction did not return the sum of the partials"
         return _name(weights, "the reduction counted rank {rank}'s partial {factor} times")
-    if want.numel() != result.numel():
+    if len(reference.partials) == 1:  # what is added after it, a bias, is no rank's term
+        true_sum = reference.partials[0][2].double().flatten()
+    else:
+        true_sum = want.double().flatten()
+    if true_sum.numel() != result.numel():
         return None, ""
-    true = _solve(operands, want.double().flatten())
-    if true is None and records[0].output is not None and _same_for_every_token(records, want):
+    true = _solve(operands, true_sum)
+    if true is not None:
+        return _name(1 / true, "rank {rank}'s partial is off by a factor of {factor}")
+    if records[0].output is not None and _same_for_every_token(records, want):
         return None, "off by one and the same vector at every token, as a bias counted wrongly is"
+    return _attribution_in_places(operands, true_sum, max(allowed, 1e-6))
+
+
+def _attribution_in_places(
+    operands: torch.Tensor, true_sum: torch.Tensor, allowed: float
+) -> tuple[int | None, str]:
+    """A term may be off at one token, or in one channel, only: regress on these elements."""
+    off = (operands.sum(1) - true_sum).abs() > allowed * rms(true_sum)
+    zeros = (operands[off] == 0).all(0).nonzero().flatten().tolist() if bool(off.any()) else []
+    if len(zeros) == 1:
+        return zeros[0], f"rank {zeros[0]}'s partial is zero where it differs"
+    true = _solve(operands[off], true_sum[off])
     if true is None:
         return None, "the partials sum to something else, but not by a factor on any rank"
-    return _name(1 / true, "rank {rank}'s partial is off by a factor of {factor}")
+    return _name(1 / true, "where it differs, rank {rank}'s partial is off by a factor of {factor}")
 
 
 def _regression(
-    records: Sequence[PointRecord], want: torch.Tensor, placement: Placement, allowed: float
+    records: Sequence[PointRecord], reference: PointRecord, placement: Placement, allowed: float
 ) -> tuple[int | None, str]:
     """Regress the error onto the partials in the deployed dtype, where rounding is the noise."""
+    want = reference.output
+    assert want is not None
     if any(len(record.partials) != 1 for record in records) or records[0].output is None:
         return None, ""
     partials = torch.stack([record.partials[0][1].double().flatten() for record in records])
@@ -229,7 +239,7 @@ def _same_for_every_token(records: Sequence[PointRecord], want: torch.Tensor) ->
     if output is None or output.shape != want.shape or want[..., 0].numel() < 2:
         return False
     error = (output.double() - want.double()).flatten(0, -2)
-    return _relative(error, error[:1].expand_as(error)) < 1e-6
+    return relative(error, error[:1].expand_as(error)) < 1e-6
 
 
 def _solve(operands: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
@@ -238,7 +248,7 @@ def _solve(operands: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
         return None
     weights = torch.linalg.lstsq(operands, target.unsqueeze(1)).solution.squeeze(1)
     rest = operands @ weights - target
-    return weights if _rms(rest) <= 1e-6 * _rms(target) else None
+    return weights if rms(rest) <= 1e-6 * rms(target) else None
 
 
 def _name(factors: torch.Tensor, text: str) -> tuple[int | None, str]:
@@ -252,19 +262,3 @@ def _name(factors: torch.Tensor, text: str) -> tuple[int | None, str]:
 def _points(trace: Trace) -> Points:
     found: Points = trace.extras.get("points", {})
     return found
-
-
-def _rms(x: torch.Tensor) -> float:
-    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
-
-
-def _relative(got: torch.Tensor | None, want: torch.Tensor) -> float:
-    """Relative rms over finite elements; infinite when shapes or masks differ."""
-    if got is None or got.shape != want.shape:
-        return float("inf")
-    a, b = got.double(), want.double()
-    finite = a.isfinite() & b.isfinite()
-    if not bool((a.isfinite() == b.isfinite()).all()):
-        return float("inf")
-    error, size = _rms(torch.where(finite, a - b, 0.0)), _rms(torch.where(finite, b, 0.0))
-    return 0.0 if error == 0 else error / size if size else float("inf")

@@ -112,7 +112,8 @@ def test_slices_are_put_together():
         ([WANT * 2, WANT * 2], "Replicate()"),
         ([WANT[:1], WANT[1:] * 2], "Shard(dim=0)"),
         ([WANT[:, :2], WANT[:, 2:] * 2], "Shard(dim=1)"),
-        ([WANT / 2, WANT], "Partial(op='sum')"),
+        ([WANT / 2, WANT * 2], "Partial(op='sum')"),
+        ([WANT / 2, WANT], "Replicate()"),  # one of them is right: copies
     ],
 )
 def test_an_undeclared_placement_is_guessed_and_the_guess_is_told(outputs, said):
@@ -124,6 +125,99 @@ def test_undeclared_partials_and_shards_that_are_right_pass():
     assert found(WANT, [WANT[:1], WANT[1:]]) is None
 
 
+Q, K, V = values(6, 12), values(6, 6, seed=1), values(6, 6, seed=2)
+FUSED = torch.cat([Q, K, V], 1)
+
+
+def cut(rank, *parts, size=3):
+    return torch.cat([part.chunk(size, 1)[rank] for part in parts], 1)
+
+
+def test_a_fused_layer_that_is_cut_part_by_part_is_right():
+    assert found(FUSED, [cut(rank, Q, K, V) for rank in range(3)]) is None
+    assert found(torch.cat([Q, K], 1), [cut(rank, Q, K) for rank in range(3)]) is None
+
+
+def test_a_fused_layer_is_right_as_far_as_rounding_explains():
+    (reference,) = traced({"m": record(FUSED)})
+    (base,) = traced({"m": record(FUSED * (1 + 2**-9))})
+    held = traced(*({"m": record(cut(rank, Q, K, V) * (1 - 2**-9))} for rank in range(3)))
+    assert locate(reference, held, limit=2**-20, base=base, ratio_limit=3.0) is None
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        [cut(1, Q, K, V), cut(0, Q, K, V), cut(2, Q, K, V)],  # of other ranks
+        [cut(rank, FUSED).roll(5, 1) for rank in range(3)],
+    ],
+)
+def test_a_fused_layer_that_is_cut_otherwise_is_blamed(outputs):
+    assert "Shard(dim=1)" in found(FUSED, outputs).detail
+
+
+@pytest.mark.parametrize(
+    ("odd", "index"),
+    [
+        (cut(2, Q, V, K), "[0:6, 16:24]"),  # parts in another order
+        (cut(1, Q, K, V), "[0:6, 8:24]"),  # of another rank
+        (cut(2, Q, K, V).flip(1), "[0:6, 8:24]"),
+        (changed(cut(2, Q, K, V), (0, 5)), "[0, 17]"),
+    ],
+)
+def test_the_rank_that_cuts_a_fused_layer_otherwise_is_named(odd, index):
+    first = found(FUSED, [cut(0, Q, K, V), cut(1, Q, K, V), odd])
+    assert (first.rank, first.index) == (2, index)
+    assert "read as parts, each cut in rank order" in first.detail
+
+
+def test_shards_of_other_ranks_are_no_fused_layer():
+    outputs = [K.chunk(3, 1)[(rank + 1) % 3] for rank in range(3)]
+    assert "Shard(dim=1)" in found(K, outputs).detail
+
+
+def tokens(total, size):
+    """A sequence that is cut into equal pieces, the last of them padded."""
+    whole = values(2, total, 4)
+    share = -(-total // size)
+    pads = torch.full((2, share * size - total, 4), 9.0).double()
+    return whole, list(torch.cat([whole, pads], 1).split(share, 1))
+
+
+@pytest.mark.parametrize(("total", "size"), [(7, 2), (5, 4), (2, 3), (1, 4)])
+def test_pads_after_the_last_token_are_not_judged(total, size):
+    assert found(*tokens(total, size)) is None
+
+
+def test_the_rank_whose_tokens_are_off_is_named_beside_pads():
+    whole, pieces = tokens(7, 3)
+    pieces[1] = changed(pieces[1], (0, 2, 1))
+    first = found(whole, pieces)
+    assert (first.rank, first.index) == (1, "[0, 5, 1]")
+    assert "read as padded shards" in first.detail
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rank", "said"),
+    [
+        ([WANT, WANT], None, ""),
+        ([WANT[:, :4], WANT[:, 4:]], None, ""),
+        ([WANT[:, :4], WANT[:, 4:] * 2], 1, "its input is off already on rank 1"),
+        ([WANT * 2, WANT * 2], None, "its input is off already: look at what comes before"),
+        ([WANT / 4, WANT * 3 / 4], None, "its input is partial sums, not reduced over ranks"),
+        ([WANT[:1], WANT[:1]], None, ""),  # it fits nothing
+        ([None, WANT * 2], None, ""),
+    ],
+)
+def test_an_input_that_is_off_already_is_told(inputs, rank, said):
+    (reference,) = traced({"m": PointRecord(WANT, WANT, finished=0)})
+    held = traced(*({"m": PointRecord(one, WANT * 3, finished=0)} for one in inputs))
+    first = locate(reference, held, limit=1e-12)
+    assert first.rank == rank
+    assert said in first.detail
+    assert ("its input" in first.detail) == bool(said)
+
+
 def test_an_output_that_fits_nothing_is_passed_over():
     assert found(WANT, [WANT[:1], WANT[:1]]) is None
     assert found(WANT, [WANT[0], WANT[0]]) is None
@@ -132,6 +226,27 @@ def test_an_output_that_fits_nothing_is_passed_over():
 def test_a_module_that_is_not_traced_on_every_rank_is_passed_over():
     (reference,) = traced({"m": record(WANT)})
     assert locate(reference, traced({"m": record(WANT * 2)}, {}), limit=1e-12) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "output", "rank"),
+    [
+        (WANT, changed(WANT, (1, 2)), 1),
+        (WANT, WANT, None),
+        (WANT * 2, WANT * 2, None),  # another input may well give another output
+        (WANT[:2], WANT[:2] * 2, None),
+        (WANT, WANT[:2], None),  # a piece of it
+        (None, WANT * 2, None),
+    ],
+)
+def test_an_expert_that_one_rank_holds_gives_the_same_when_given_the_same(given, output, rank):
+    (reference,) = traced({"m": PointRecord(WANT, WANT, finished=0)})
+    traces = traced({}, {"m": PointRecord(given, output, finished=0)}, {})
+    first = locate(reference, traces, limit=1e-12)
+    assert (first and first.rank) == rank
+    if first is not None:
+        assert first.index == "[1, 2]"
+        assert "on the same input" in first.detail
 
 
 def test_another_shape_is_named():
@@ -168,6 +283,38 @@ def test_a_scaled_partial_is_named_with_rank_and_factor():
     first = reduced(operands, sum(operands))
     assert first.rank == 2
     assert "rank 2's partial is off by a factor of 1.00781" in first.detail
+
+
+def test_a_scaled_partial_is_named_where_a_bias_is_added_after_the_sum():
+    bias = values(8, seed=9)
+    operands = [TERMS[0], TERMS[1] * 3, TERMS[2]]
+    total = sum(operands)
+    held = [record(total + bias, partials=[(SUM, x, total)]) for x in operands]
+    (reference,) = traced({"m": record(TOTAL + bias, partials=[(SUM, TOTAL, TOTAL)])})
+    first = locate(reference, traced(*({"m": one} for one in held)), limit=1e-12)
+    assert first.rank == 1
+    assert "rank 1's partial is off by a factor of 3" in first.detail
+
+
+def test_a_partial_that_is_scaled_at_one_token_is_named():
+    operands = [TERMS[0], TERMS[1].clone(), TERMS[2]]
+    operands[1][3] *= 1.5
+    first = reduced(operands, sum(operands))
+    assert (first.rank, first.index) == (1, "[3, 0:8]")
+    assert "where it differs, rank 1's partial is off by a factor of 1.5" in first.detail
+
+
+def test_a_partial_that_lacks_a_channel_is_named():
+    operands = [TERMS[0], TERMS[1], TERMS[2].clone()]
+    operands[2][:, 5] = 0
+    first = reduced(operands, sum(operands))
+    assert first.rank == 2
+    assert "rank 2's partial is zero where it differs" in first.detail
+
+
+def test_a_partial_that_is_something_else_is_not_explained():
+    operands = [TERMS[0], TERMS[1], values(4, 8, seed=7)]
+    assert "but not by a factor on any rank" in reduced(operands, sum(operands)).detail
 
 
 def test_a_reduction_that_drops_a_rank_is_named():

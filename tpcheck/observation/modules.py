@@ -106,7 +106,7 @@ class ModuleTracer:
     """Records every traced module's first tensor argument and output, in execution order.
 
     A module called again gets the name `fqn#2`. With `until`, nothing after that FQN's first call
-    is recorded. Inputs are kept on rank 0 and where placements are declared.
+    is recorded. Inputs are kept on every rank, because what goes in may be off already.
     """
 
     def __init__(

@@ -1,0 +1,238 @@
+"""What ranks hold of one tensor, read as the tensor that TP=1 holds.
+
+Requirement: code that declares no placement is judged all the same, and by no guess that a right
+subject fails.
+
+[Undeclared Placements] A tensor without a declared placement is read as Replicate when all ranks
+hold the same bits or the reference's values, else as Shard(dim) when the sizes add up, else as
+Partial("sum"). Two dims that fit equally well are a tie, and nothing is read. An even cut whose
+last pieces are pads counts as one whose sizes add up.
+
+[Fused Layers] A layer that fuses several, [q | k | v], is cut part by part: rank r gives q_r, k_r,
+v_r, and what the ranks give, end to end, is no Shard of what TP=1 gives. Where each rank's channels
+are runs of the reference's, and each run goes on where that of the rank before ends, it is read so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
+
+_MOST_PARTS = 8
+"""Of a fused layer. An input projection of Mamba 2 has five, of a gated delta net six."""
+
+Run = tuple[int, int]
+"""The channels [start, stop) of the reference that a rank's next channels are."""
+
+
+def infer(
+    outputs: Sequence[torch.Tensor], want: torch.Tensor, allowed: float
+) -> Sequence[Placement] | None:
+    """Return the placement that each rank's tensor is read with, or None.
+
+    Args:
+        outputs: of one module, rank by rank.
+        want: what TP=1 has there.
+        allowed: relative rms up to which two tensors count as the same.
+    """
+    size = len(outputs)
+    if all(output.shape == want.shape for output in outputs):
+        right = [relative(output, want) <= allowed for output in outputs]
+        same = all(right) or all(torch.equal(output, outputs[0]) for output in outputs)
+        if not same and relative(_sum(outputs), want) <= allowed:
+            return [Partial()] * size
+        if right == [True] + [False] * (size - 1) and size > 2 and 1 in want.shape:
+            return None  # one token, perhaps, and pads on the other ranks
+        return [Replicate() if same or any(right) else Partial()] * size
+    if any(output.ndim != want.ndim for output in outputs):
+        return None
+    cut = [
+        dim
+        for dim in range(want.ndim)
+        if all(
+            output.shape[:dim] + output.shape[dim + 1 :] == want.shape[:dim] + want.shape[dim + 1 :]
+            for output in outputs
+        )
+    ]
+    dims = [dim for dim in cut if sum(out.shape[dim] for out in outputs) == want.shape[dim]]
+    if not dims and len(cut) == 1:
+        return _padded(outputs, want, cut[0])
+    if len(dims) != 1:
+        return None
+    if relative(torch.cat(list(outputs), dims[0]), want) > allowed:
+        fused = _fused(outputs, want, dims[0], allowed)
+        if fused is not None:
+            return fused
+    return [Shard(dims[0])] * size
+
+
+def _padded(
+    outputs: Sequence[torch.Tensor], want: torch.Tensor, dim: int
+) -> Sequence[Placement] | None:
+    """Return an even cut of what was padded at its end, as tokens are for sequence parallel."""
+    total = want.shape[dim]
+    share = -(-total // len(outputs))
+    if any(output.shape[dim] != share for output in outputs):
+        return None
+    edges = [min(rank * share, total) for rank in range(len(outputs) + 1)]
+    spans = itertools.pairwise(edges)
+    return [Slices(_pieces([span], dim, want.ndim)) for span in spans]
+
+
+def _sum(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([output.double() for output in outputs]).sum(0)
+
+
+def _fused(
+    outputs: Sequence[torch.Tensor], want: torch.Tensor, dim: int, allowed: float
+) -> Sequence[Placement] | None:
+    """Return the pieces of a fused layer's parts; see [Fused Layers]."""
+    ranks: Sequence[Sequence[Run]] = [_runs(output, want, dim, allowed) for output in outputs]
+    if not _in_rank_order(ranks):
+        ranks = _as_most_ranks(ranks, want.shape[dim])
+    return [Slices(_pieces(runs, dim, want.ndim)) for runs in ranks] or None
+
+
+def _in_rank_order(ranks: Sequence[Sequence[Run]]) -> bool:
+    parts = len(ranks[0])
+    if parts < 2 or any(len(runs) != parts for runs in ranks):
+        return False
+    return all(
+        here[1] == there[0]
+        for part in range(parts)
+        for here, there in itertools.pairwise(runs[part] for runs in ranks)
+    )
+
+
+def _as_most_ranks(ranks: Sequence[Sequence[Run]], channels: int) -> Sequence[Sequence[Run]]:
+    """Return every rank's runs as most ranks' even cut has them, so that the odd rank is told."""
+    lengths = [tuple(stop - start for start, stop in runs) for runs in ranks]
+    usual, _ = Counter(lengths).most_common(1)[0]
+    if len(usual) < 2 or sum(usual) * len(ranks) != channels:
+        return []
+    begins = [len(ranks) * sum(usual[:part]) for part in range(len(usual))]
+    even = [
+        [
+            (begin + rank * length, begin + (rank + 1) * length)
+            for begin, length in zip(begins, usual, strict=True)
+        ]
+        for rank in range(len(ranks))
+    ]
+    fit = sum(list(runs) == wanted for runs, wanted in zip(ranks, even, strict=True))
+    return even if 2 * fit > len(ranks) else []
+
+
+def _pieces(
+    runs: Sequence[Run], dim: int, ndim: int
+) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    pieces = []
+    at = 0
+    for start, stop in runs:
+        here, there = [slice(None)] * ndim, [slice(None)] * ndim
+        here[dim], there[dim] = slice(at, at + stop - start), slice(start, stop)
+        pieces.append((tuple(here), tuple(there)))
+        at += stop - start
+    return pieces
+
+
+def _runs(output: torch.Tensor, want: torch.Tensor, dim: int, allowed: float) -> Sequence[Run]:
+    """Return which of the reference's channels a rank's are; none if they are no few runs."""
+    own_cN = output.movedim(dim, 0).flatten(1).double()
+    all_CN = want.movedim(dim, 0).flatten(1).double()
+    # Channels that are not the same one are off by more than either of them.
+    close = min(10 * allowed, 0.5) * rms(all_CN)
+    runs: list[Run] = []
+    done = 0
+    while done < len(own_cN):
+        if len(runs) == _MOST_PARTS:
+            return []
+        start = int((all_CN - own_cN[done]).square().mean(1).argmin())
+        length = min(len(own_cN) - done, len(all_CN) - start)
+        error = own_cN[done : done + length] - all_CN[start : start + length]
+        off = (error.square().mean(1).sqrt() > close).nonzero()
+        length = int(off[0]) if len(off) else length
+        if length == 0:
+            return []
+        runs.append((start, start + length))
+        done += length
+    return runs
+
+
+def reconciled(
+    outputs: Sequence[torch.Tensor],
+    placements: Sequence[Placement],
+    want: torch.Tensor,
+    allowed: float,
+) -> tuple[int | None, torch.Tensor | None]:
+    """Return (the rank to blame, if one can be told; the logical tensor as the ranks hold it)."""
+    kind = placements[0]
+    if isinstance(kind, Replicate):
+        off = [r for r, out in enumerate(outputs) if relative(out, want) > allowed]
+        only = off[0] if off and len(off) < len(outputs) else None
+        return only, outputs[off[0] if off else 0]
+    if isinstance(kind, Partial):
+        if any(output.shape != want.shape for output in outputs):
+            return None, None
+        total = _sum(outputs)
+        if relative(total, want) <= allowed:
+            return None, total
+        off = [r for r, out in enumerate(outputs) if relative(out, want) > allowed]
+        if 0 < len(off) < len(outputs):  # copies after all, and some are right
+            return off[0], outputs[off[0]]
+        return None, total
+    if isinstance(kind, Shard):
+        try:
+            whole = torch.cat(list(outputs), kind.dim)
+        except RuntimeError:
+            return None, None
+    else:
+        whole = torch.zeros_like(want)
+        for output, placement in zip(outputs, placements, strict=True):
+            assert isinstance(placement, Slices)
+            for here, there in placement.pieces:
+                whole[there] = output[here]
+    if whole.shape != want.shape:
+        return None, whole
+    pairs = _held_and_wanted(outputs, placements, want)
+    off = [
+        rank
+        for rank, pieces in enumerate(pairs)
+        if any(relative(got, ref) > allowed for got, ref in pieces)
+    ]
+    return (off[0] if off and len(off) < len(outputs) else None), whole
+
+
+def _held_and_wanted(
+    outputs: Sequence[torch.Tensor], placements: Sequence[Placement], want: torch.Tensor
+) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield each rank's pieces beside those of the reference."""
+    kind = placements[0]
+    if isinstance(kind, Shard):
+        sizes = [output.shape[kind.dim] for output in outputs]
+        for output, piece in zip(outputs, want.split(sizes, kind.dim), strict=True):
+            yield [(output, piece)]
+        return
+    for output, placement in zip(outputs, placements, strict=True):
+        assert isinstance(placement, Slices)
+        yield [(output[here], want[there]) for here, there in placement.pieces]
+
+
+def rms(x: torch.Tensor) -> float:
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def relative(got: torch.Tensor | None, want: torch.Tensor | None) -> float:
+    """Relative rms over finite elements; infinite when shapes or masks differ."""
+    if got is None or want is None or got.shape != want.shape:
+        return float("inf")
+    a, b = got.double(), want.double()
+    finite = a.isfinite() & b.isfinite()
+    if not bool((a.isfinite() == b.isfinite()).all()):
+        return float("inf")
+    error, size = rms(torch.where(finite, a - b, 0.0)), rms(torch.where(finite, b, 0.0))
+    return 0.0 if error == 0 else error / size if size else float("inf")
