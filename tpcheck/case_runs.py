@@ -16,7 +16,7 @@ from tpcheck.comparison import relative
 from tpcheck.evidence import distance
 from tpcheck.execution import Task
 from tpcheck.groups.jobs import Job, JobFailed, Ranks
-from tpcheck.inputs import input_order, make_inputs
+from tpcheck.inputs import input_order, make_inputs, without_single_rows
 from tpcheck.numerics.drift import ASSUMED_ERROR
 from tpcheck.numerics.ulp import eps
 from tpcheck.observation.codes import CastKey
@@ -54,6 +54,7 @@ class CaseRuns:
             order=(),
             spec=subject.options.spec if subject.options.specs is not None else None,
         )
+        self.notes: tuple[str, ...] = ()
         self._ranks = ranks
         self._timeout_s = timeout_s
         self._deadline = math.inf
@@ -69,7 +70,7 @@ class CaseRuns:
     def oracle(self) -> Trace | None:
         """TP=1 in `oracle_dtype`; None where the subject has no wider run."""
         if self.subject.options.float64:
-            return self.run(self.exact_task(self._all_lengths, alone=True), 1)[0]
+            return self._first(self.exact_task(self._all_lengths, alone=True))
         if not self.oracle_dtype:
             return None
         try:
@@ -82,7 +83,7 @@ class CaseRuns:
     @cached_property
     def base(self) -> Trace:
         """TP=1 in the deployed dtype."""
-        return self.run(self.deployed_task(self._all_lengths, shards=True), 1)[0]
+        return self._first(self.deployed_task(self._all_lengths, shards=True))
 
     @cached_property
     def base_error_without_oracle(self) -> float | None:
@@ -162,6 +163,20 @@ class CaseRuns:
     @property
     def _all_lengths(self) -> tuple[str, ...]:
         return input_order(self.inputs)
+
+    def _first(self, task: Task) -> Trace:
+        """Return TP=1's trace; a subject that is made for more rows than one goes on without it."""
+        try:
+            return self.run(task, 1)[0]
+        except JobFailed as error:
+            fewer = without_single_rows(self.inputs)
+            if error.failure.kind != "raised" or len(fewer) == len(self.inputs):
+                raise
+        trace = self.run(replace(task, inputs=fewer, order=input_order(fewer)), 1)[0]
+        self.inputs, self.task = fewer, replace(self.task, inputs=fewer)
+        rows = self.case.batch
+        self.notes = (f"inputs: TP=1 raises for one row; only inputs of {rows} rows were run",)
+        return trace
 
     def start_clock(self) -> None:
         """Give the runs that follow `timeout_s` together."""

@@ -5,13 +5,22 @@ lengths 1, tp-1, tp, tp+1 and the longest are all tried, and the longest runs as
 built subject so that state leaking from call to call shows. Long comes before short, because what
 a longer call left in a buffer shows in the shorter one after it. Token ids are as different as they
 can be, and every second one stands at the edge of a vocabulary shard, where masks go wrong.
+
+[One Row] Engines lay the rows of a batch one behind the other and deal out all tokens together. Two
+rows are never one token, and never leave a remainder at TP=2: so one row is run too, with one token
+and with tp+1. A subject may be made for more rows: then it runs without (`without_single_rows`).
+
+[Shard Edges] Where a rank's vocabulary ends depends on how it is padded. A and B together hold the
+last row of one shard and the first of the next for every way that engines have.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,13 +31,17 @@ from tpcheck.subjects import Subject
 
 Inputs = Mapping[str, tuple[torch.Tensor, ...]]
 
-Make = Callable[[torch.Generator, int], tuple[torch.Tensor, ...]]
+Make = Callable[[torch.Generator, int, int | None], tuple[torch.Tensor, ...]]
+"""(generator, length, whose turn it is to take the most telling ids: A's, B's, nobody's)."""
 
 MORE = 8
 """Further inputs: with A and B they make a ratio of errors three times as sure."""
 
 _EDGE_DEGREES = (2, 3, 4, 8)
 """Fixed, so that a case has the same inputs whatever degrees are asked for."""
+
+_ROW_STREAM = 1 << 20
+"""Far from the lengths of the sweep, whose streams are their lengths."""
 
 
 def sweep_lengths(seq_len: int, tp_sizes: Sequence[int]) -> list[int]:
@@ -37,18 +50,31 @@ def sweep_lengths(seq_len: int, tp_sizes: Sequence[int]) -> list[int]:
     return sorted(length for length in wanted if 1 <= length < seq_len)
 
 
+def row_lengths(case: Case, tp_sizes: Sequence[int]) -> list[int]:
+    """Return the lengths that are run with one row, too (inputs: [One Row])."""
+    wanted = {1, *(tp + 1 for tp in tp_sizes)} if case.batch > 1 else set()
+    return sorted(length for length in wanted if length <= case.seq_len)
+
+
 def make_inputs(subject: Subject, case: Case, tp_sizes: Sequence[int]) -> Inputs:
-    """Return input id -> arguments of forward: `t<length>` for the sweep, then A and B.
+    """Return input id -> arguments of forward.
+
+    The sweep's are `t<length>`, then `row<length>` of one row, then A and B.
 
     Raises:
         SubjectError: the subject's own `inputs` raises or returns something else than tensors.
     """
     make, takes_length = _maker(subject, case)
-    sweeps = subject.options.sweep and takes_length
-    lengths = sweep_lengths(case.seq_len, tp_sizes) if sweeps else []
-    made = {f"t{n}": make(_generator(case.seed, n), n) for n in reversed(lengths)}
-    made["A"] = make(_generator(case.seed, 0), case.seq_len)
-    made["B"] = make(_generator(case.seed, -1), case.seq_len)
+    made: dict[str, tuple[torch.Tensor, ...]] = {}
+    if subject.options.sweep and takes_length:
+        one_row, _ = _maker(subject, replace(case, batch=1))
+        for n in reversed(sweep_lengths(case.seq_len, tp_sizes)):
+            made[f"t{n}"] = make(_generator(case.seed, n), n, None)
+        with contextlib.suppress(SubjectError):  # a subject's own inputs may want two rows
+            for n in reversed(row_lengths(case, tp_sizes)):
+                made[f"row{n}"] = one_row(_generator(case.seed, _ROW_STREAM + n), n, None)
+    made["A"] = make(_generator(case.seed, 0), case.seq_len, 0)
+    made["B"] = make(_generator(case.seed, -1), case.seq_len, 1)
     return made
 
 
@@ -68,32 +94,54 @@ def more_inputs(subject: Subject, case: Case) -> Inputs:
         SubjectError: as `make_inputs`.
     """
     make, _ = _maker(subject, case)
-    return {f"C{n}": make(_generator(case.seed, -1 - n), case.seq_len) for n in range(1, MORE + 1)}
+    return {
+        f"C{n}": make(_generator(case.seed, -1 - n), case.seq_len, None) for n in range(1, MORE + 1)
+    }
 
 
 def _maker(subject: Subject, case: Case) -> tuple[Make, bool]:
     """Return how to draw an input of a length, and whether the length makes a difference."""
     function, vocab = subject.options.inputs, subject.options.vocab_size
     if function is None:
-        return lambda generator, length: (token_ids(generator, vocab, case.batch, length),), True
-    users = lambda generator, length: _users_inputs(subject, generator, case.batch, length)  # noqa: E731
+        return (
+            lambda generator, length, turn: (
+                token_ids(generator, vocab, case.batch, length, turn=turn),
+            ),
+            True,
+        )
+    users = lambda generator, length, _: _users_inputs(subject, generator, case.batch, length)  # noqa: E731
     return users, _takes_shape(function)
 
 
 def input_order(inputs: Inputs, tp_size: int | None = None) -> tuple[str, ...]:
     """Return the ids to run: the sweep's lengths (those of one degree if given), then A, B, A."""
-    lengths = [key for key in inputs if key.startswith("t")]
+    lengths = [key for key in inputs if key.startswith(("t", "row"))]
     if tp_size is not None:
         wanted = {f"t{n}" for n in (1, tp_size - 1, tp_size, tp_size + 1)}
+        wanted |= {f"row{n}" for n in (1, tp_size + 1)}
         lengths = [key for key in lengths if key in wanted]
     return (*lengths, "A", "B", "A")
 
 
-def token_ids(generator: torch.Generator, vocab: int, batch: int, length: int) -> torch.Tensor:
-    """Return int64 [batch, length] below `vocab`; tokens and rows differ wherever they can."""
+def without_single_rows(inputs: Inputs) -> Inputs:
+    """Return the inputs that have as many rows as the case."""
+    return {key: arguments for key, arguments in inputs.items() if not key.startswith("row")}
+
+
+def token_ids(
+    generator: torch.Generator, vocab: int, batch: int, length: int, *, turn: int | None = None
+) -> torch.Tensor:
+    """Return int64 [batch, length] below `vocab`; tokens and rows differ wherever they can.
+
+    Args:
+        turn: 0 or 1 for every second of the most telling ids (inputs: [Shard Edges]), as many as
+            there is room for; None for none in particular.
+    """
     count = batch * length
-    edges = _shard_edges(vocab)
-    edges = edges[torch.randperm(len(edges), generator=generator)][: count // 2]
+    telling, others = _shard_edges(vocab)
+    first = telling[:0] if turn is None else telling[turn::2]
+    others = others[torch.randperm(len(others), generator=generator)]
+    edges = torch.cat([first, others[~torch.isin(others, first)]])[: count // 2]
     rest = torch.randperm(vocab, generator=generator)
     pool = torch.cat([edges, rest[~torch.isin(rest, edges)]])
     pool = pool.repeat(-(-count // vocab))[:count]
@@ -104,13 +152,40 @@ def token_ids(generator: torch.Generator, vocab: int, batch: int, length: int) -
 
 
 @functools.cache
-def _shard_edges(vocab: int) -> torch.Tensor:
-    """Return the first and last ids of every rank's vocabulary shard."""
-    edges = {0, vocab - 1}
-    for tp_size in _EDGE_DEGREES:
-        rows = -(-vocab // tp_size)
-        edges |= {rank * rows - step for rank in range(1, tp_size) for step in (0, 1)}
-    return torch.tensor(sorted(edge for edge in edges if edge < vocab))
+def _shard_edges(vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the ids on both sides of shards' edges: of those that tell most, and of others.
+
+    One edge in the middle tells what is wrong at every edge; there is one for each degree and way
+    of padding. The others are all edges of a vocabulary that is padded no more than it has to be.
+    """
+    rows = {tp_size: _rows_per_rank(vocab, tp_size) for tp_size in _EDGE_DEGREES}
+    middle = [
+        tp_size // 2 * each
+        for way in zip(*rows.values(), strict=True)
+        for tp_size, each in zip(rows, way, strict=True)
+    ]
+    every = [rank * each for tp_size, (each, *_) in rows.items() for rank in range(tp_size)]
+    return _around(middle, vocab), _around([*every, vocab], vocab).sort().values
+
+
+def _around(edges: Sequence[int], vocab: int) -> torch.Tensor:
+    """Return the ids on both sides of edges, each once."""
+    ids = dict.fromkeys(id_ for edge in edges for id_ in (edge - 1, edge))
+    return torch.tensor([id_ for id_ in ids if 0 <= id_ < vocab], dtype=torch.int64)
+
+
+def _rows_per_rank(vocab: int, tp_size: int) -> tuple[int, ...]:
+    """Return how many rows of the vocabulary a rank has: padded to a multiple of tp, to one of 64
+    (of 64 * tp where that does not divide), to one of 128 * tp.
+
+    Source: TensorRT-LLM and torch.chunk; vLLM and SGLang; Megatron-LM (engines/).
+    """
+
+    def rows(quantum: int) -> int:
+        return -(-vocab // quantum) * quantum // tp_size
+
+    serving = 64 if rows(64) * tp_size == -(-vocab // 64) * 64 else 64 * tp_size
+    return rows(tp_size), rows(serving), rows(128 * tp_size)
 
 
 def _users_inputs(

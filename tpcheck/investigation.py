@@ -107,7 +107,8 @@ class Investigation:
             logits=runs.subject.options.logits,
             **self._routing(deployed),
         )
-        return explained(runs, evidence, self._settings.reduction)
+        evidence, notes = explained(runs, evidence, self._settings.reduction)
+        return evidence, (*runs.notes, *notes)
 
     def _planned_ratio(self, tp_size: int) -> float:
         ratio = expected_ratio(tp_size, self._settings.reduction)

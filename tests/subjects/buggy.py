@@ -23,6 +23,9 @@ EXPECTED = {
     "last_column_dropped": ("WRONG", "structural", 2),
     "padded_vocab_in_softmax": ("WRONG", "structural", 2),
     "remainder_tokens_dropped": ("WRONG", "structural", 2),
+    "remainder_of_all_tokens_dropped": ("WRONG", "structural", 2),
+    "one_token_taken_for_a_share": ("WRONG", "structural", 2),
+    "first_row_of_a_padded_shard_masked": ("WRONG", "structural", 2),
     "other_norm_eps": ("WRONG", "structural", 2),
     "stale_buffer": ("WRONG", "repeatability", 2),
     "dropout_left_on": ("WRONG", "rank_agreement", 2),
@@ -213,6 +216,56 @@ def remainder_tokens_dropped(tp):
         return F.pad(y, (0, 0, 0, x.shape[1] - each * tp.size))
 
     return w.model(mlp)
+
+
+# WRONG by structural, at an odd number of tokens in all rows together only: rows lie one behind the
+# other, as engines have them, and two rows are even.
+@subject
+def remainder_of_all_tokens_dropped(tp):
+    w = Weights(tp)
+
+    def mlp(x):
+        tokens = x.flatten(0, 1)
+        each = len(tokens) // tp.size
+        if each == 0:
+            return tp.all_reduce(w.partial(x))
+        mine = tp.reduce_scatter(w.partial(tokens)[: each * tp.size], 0)
+        y = F.pad(tp.all_gather(mine, 0), (0, 0, 0, len(tokens) - each * tp.size))
+        return y.view_as(x)
+
+    return w.model(mlp)
+
+
+# WRONG by structural, with one token in one row only: fewer tokens than ranks look dealt out.
+@subject
+def one_token_taken_for_a_share(tp):
+    w = Weights(tp)
+
+    def mlp(x):
+        y = tp.all_reduce(w.partial(x))
+        return y / tp.size if x.shape[:-1].numel() == 1 else y
+
+    return w.model(mlp)
+
+
+# WRONG by structural, at one token in 5003: the vocabulary is padded to a multiple of 64, so shards
+# end elsewhere than at 5003 / tp, and > stands for >=.
+@tpcheck.subject(vocab_size=5003, seq_len=16)
+def first_row_of_a_padded_shard_masked(tp):
+    w = Weights(tp)
+    rows = -(-5003 // 64) * 64 // tp.size
+    first = tp.rank * rows
+    table = F.pad(tp.weight("table.weight", 5003, HIDDEN), (0, 0, 0, rows * tp.size - 5003))
+    mine = table[first : first + rows]
+
+    def forward(input_ids):
+        local = input_ids - first
+        elsewhere = (local < 0) | (local >= rows) | (local == 0) & (first > 0)
+        x = mine[local.masked_fill(elsewhere, 0)].masked_fill(elsewhere[..., None], 0)
+        x = tp.all_reduce(x)
+        return (x + tp.all_reduce(w.partial(x))) @ w.head.T
+
+    return forward
 
 
 # WRONG by structural: 1e-5 for 1e-6 in the split path only. allclose at 1e-2 passes it.

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from tpcheck.errors import SubjectError
-from tpcheck.inputs import MORE, input_order, make_inputs, more_inputs, sweep_lengths, token_ids
+from tpcheck.inputs import (
+    MORE,
+    input_order,
+    make_inputs,
+    more_inputs,
+    row_lengths,
+    sweep_lengths,
+    token_ids,
+)
 from tpcheck.spec import Case
 from tpcheck.subjects import Subject, SubjectOptions
 
@@ -34,11 +42,46 @@ def test_lengths_around_every_degree_are_swept_as_far_as_they_fit(seq_len, tp_si
 
 def test_token_ids_are_below_the_vocabulary_and_made_for_every_length():
     made = make_inputs(subject(), CASE, (4,))
-    assert set(made) == {"t1", "t3", "t4", "t5", "A", "B"}
-    for name, (ids,) in made.items():
+    assert {name: tuple(ids.shape) for name, (ids,) in made.items()} == {
+        "t1": (2, 1),
+        "t3": (2, 3),
+        "t4": (2, 4),
+        "t5": (2, 5),
+        "row1": (1, 1),
+        "row5": (1, 5),
+        "A": (2, 16),
+        "B": (2, 16),
+    }
+    for (ids,) in made.values():
         assert ids.dtype == torch.int64
-        assert ids.shape == (2, int(name[1:]) if name.startswith("t") else 16)
         assert 0 <= int(ids.min()) <= int(ids.max()) < 100
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq_len", "tp_sizes", "lengths"),
+    [
+        (2, 16, (2,), [1, 3]),
+        (3, 16, (2, 8), [1, 3, 9]),
+        (2, 3, (2, 8), [1, 3]),
+        (2, 1, (2,), [1]),
+        (1, 16, (2,), []),
+    ],
+)
+def test_one_row_is_run_too_where_a_batch_has_more(batch, seq_len, tp_sizes, lengths):
+    case = Case(7, batch, seq_len)
+    assert row_lengths(case, tp_sizes) == lengths
+    made = make_inputs(subject(), case, tp_sizes)
+    assert [name for name in made if name.startswith("row")] == [
+        f"row{length}" for length in reversed(lengths)
+    ]
+
+
+@pytest.mark.parametrize("tp_size", [2, 3, 4, 6, 8])
+def test_all_tokens_together_are_one_and_leave_a_remainder_at_every_degree(tp_size):
+    made = make_inputs(subject(), CASE, (tp_size,))
+    counts = [made[name][0].numel() for name in input_order(made, tp_size)]
+    assert 1 in counts
+    assert any(count > tp_size and count % tp_size == 1 for count in counts)
 
 
 def test_rows_differ_even_at_one_token():
@@ -74,9 +117,10 @@ def test_sweep_false_pins_the_length():
 
 def test_long_comes_before_short_then_a_b_a_and_only_one_degrees_lengths():
     made = make_inputs(subject(), CASE, (2, 8))
-    assert input_order(made) == ("t9", "t8", "t7", "t3", "t2", "t1", "A", "B", "A")
-    assert input_order(made, 8) == ("t9", "t8", "t7", "t1", "A", "B", "A")
-    assert input_order(made, 2) == ("t3", "t2", "t1", "A", "B", "A")
+    swept = ("t9", "t8", "t7", "t3", "t2", "t1", "row9", "row3", "row1")
+    assert input_order(made) == (*swept, "A", "B", "A")
+    assert input_order(made, 8) == ("t9", "t8", "t7", "t1", "row9", "row1", "A", "B", "A")
+    assert input_order(made, 2) == ("t3", "t2", "t1", "row3", "row1", "A", "B", "A")
 
 
 @pytest.mark.parametrize("vocab", [64, 99, 131])
@@ -86,6 +130,36 @@ def test_tokens_are_all_different_and_stand_at_the_edges_of_shards(vocab):
     rows = -(-vocab // 4)
     edges = {0, vocab - 1, rows - 1, rows, 2 * rows - 1, 2 * rows, 3 * rows - 1, 3 * rows}
     assert len(edges & set(ids.flatten().tolist())) >= 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("vocab", "tp_size", "rows"),
+    [
+        (5003, 2, 2502),  # padded to a multiple of tp
+        (5003, 4, 1251),
+        (5003, 8, 626),
+        (1000, 2, 512),  # to one of 64: 1024
+        (50257, 4, 12576),
+        (1000, 3, 384),  # to one of 64 * 3, because 1024 does not divide by 3
+        (5003, 2, 2560),  # to one of 128 * tp
+        (50257, 8, 6400),
+    ],
+)
+def test_a_and_b_hold_both_sides_of_a_shards_edge_however_the_vocabulary_is_padded(
+    vocab, tp_size, rows, seed
+):
+    made = make_inputs(subject(vocab_size=vocab), Case(seed, 2, 16), (2,))
+    ids = {int(id_) for name in "AB" for id_ in made[name][0].flatten()}
+    edge = tp_size // 2 * rows
+    assert {edge - 1, edge} <= ids
+
+
+@pytest.mark.parametrize("vocab", [8, 63, 64, 131, 50257])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_telling_ids_are_each_taken_once(vocab, turn):
+    ids = token_ids(torch.Generator().manual_seed(0), vocab, 2, 16, turn=turn)
+    assert len(set(ids.flatten().tolist())) == min(vocab, 32)
 
 
 def fixed(generator):
@@ -110,6 +184,8 @@ def test_a_users_function_of_batch_and_length_is_swept(function):
         "t1": (2, 1, 4),
         "t2": (2, 2, 4),
         "t3": (2, 3, 4),
+        "row1": (1, 1, 4),
+        "row3": (1, 3, 4),
         "A": (2, 16, 4),
         "B": (2, 16, 4),
     }

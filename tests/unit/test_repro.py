@@ -42,6 +42,7 @@ OUT_OF_REACH = {
     "kv_copies_declared_shards": "the forward is right",
     "wrong_shard_dim": "the forward is right",
     "one_rank_raises": "nothing that torch does raises",
+    "first_row_of_a_padded_shard_masked": "it shows at one of 5003 ids",
 } | dict.fromkeys(
     [name for name, one in FAULTS.items() if one.policy != STRICT or "quantization" in one.needs]
     + ["float8_wire", "int4_wire", "small_blocks_shrink"],
@@ -90,7 +91,11 @@ def of_buggy(name: str) -> Repro:
     tp_size = buggy.EXPECTED[name][2]
     dtype = "float16" if name == "overflow_in_the_sum" else "bfloat16"
     subject = f"tests.subjects.buggy:{name}"
-    return make_repro(subject, tp_size=tp_size, batch=2, seq_len=3, dtype=dtype)
+    for batch, seq_len in ((2, 3), (1, 3), (1, 1)):
+        found = make_repro(subject, tp_size=tp_size, batch=batch, seq_len=seq_len, dtype=dtype)
+        if "agrees" not in found.reason:
+            break
+    return found
 
 
 def run_files(directory: Path, scripts: dict[str, str]) -> dict[str, Any]:

@@ -69,6 +69,32 @@ def token_remainder_dropped(decoder: Decoder, tp: TPGroup) -> None:
 
 
 @fault(
+    "ByteDance-Seed/VeOmni#1139",
+    "the tokens of all rows are dealt out together, and those beyond a multiple of tp are dropped",
+)
+def remainder_of_all_rows(decoder: Decoder, tp: TPGroup) -> None:
+    def even(y: torch.Tensor) -> torch.Tensor:
+        tokens = y.flatten(0, 1).clone()
+        tokens[len(tokens) // tp.size * tp.size :] = 0
+        return tokens.view_as(y)
+
+    change_output(decoder.layers[0].mlp, even)
+
+
+@fault(
+    "vllm-project/vllm#50154",
+    "tokens are taken for dealt out where their number differs: fewer than ranks are taken for all",
+    drift=("float16", "float32"),
+    reason="at TP=2 it is one token of all inputs', near what bfloat16 rounds",
+)
+def fewer_tokens_of_all_rows(decoder: Decoder, tp: TPGroup) -> None:
+    def short(y: torch.Tensor) -> torch.Tensor:
+        return y / tp.size if y.shape[:-1].numel() < tp.size else y
+
+    change_output(decoder.layers[0].mlp, short)
+
+
+@fault(
     "pytorch/torchtitan#3622",
     "with fewer tokens than ranks the last token gets no MLP",
     drift=("float16", "float32"),
