@@ -7,7 +7,12 @@ run with the options of the command line unless the test says otherwise.
 from __future__ import annotations
 
 import datetime
+import functools
 import inspect
+import os
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -63,7 +68,7 @@ class TPPool:
         if options["backend"] == self.backend:
             self.open()
         report = workflow.run(subject, **options)  # type: ignore[arg-type]
-        return _without_refusals(report, self.world) if ranged else report
+        return _pasteable(_without_refusals(report, self.world) if ranged else report)
 
     def open(self) -> None:
         """Make all ranks at once: a pool that grows later starts them anew."""
@@ -127,6 +132,46 @@ def _without_refusals(report: Report, world: int) -> Report:
         verdicts=tuple(verdict for verdict in report.verdicts if verdict not in refused),
         notes=(*report.notes, f"degrees {sizes} are refused, and were not asked for by name"),
     )
+
+
+def _pasteable(report: Report) -> Report:
+    """Return the report with commands that find the modules which pytest put on the path.
+
+    `pythonpath`, and the folders of tests and conftests, are on no other command's path.
+    """
+    repros = [verdict.repro for verdict in report.verdicts if verdict.outcome != "PASS"]
+    own = report.subject.startswith(("builtin:", "hf:", "ref:"))
+    if own or not any(repro.startswith("tpcheck run ") for repro in repros):
+        return report
+    here = os.getcwd()
+    prefixes = (sys.prefix + os.sep, sys.base_prefix + os.sep)
+    added = [
+        os.path.relpath(folder, here) if folder.startswith(here + os.sep) else folder
+        for folder in dict.fromkeys(sys.path)
+        if os.path.isdir(folder)
+        and folder != here
+        and folder not in _everyones_path()
+        and not folder.startswith(prefixes)
+    ]
+    if not added:
+        return report
+    path = shlex.quote(os.pathsep.join(added))
+    path += f"{os.pathsep}$PYTHONPATH" if os.environ.get("PYTHONPATH") else ""
+    verdicts = [
+        replace(verdict, repro=f"PYTHONPATH={path} {verdict.repro}")
+        if verdict.repro.startswith("tpcheck run ")
+        else verdict
+        for verdict in report.verdicts
+    ]
+    return replace(report, verdicts=tuple(verdicts))
+
+
+@functools.cache
+def _everyones_path() -> frozenset[str]:
+    """Return the path of any Python that is started here."""
+    command = [sys.executable, "-c", "import sys; print(*sys.path[1:], sep='\\n')"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return frozenset(said.stdout.splitlines())
 
 
 def require_known(options: Mapping[str, Any]) -> None:

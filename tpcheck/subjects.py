@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -23,7 +22,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from tpcheck.errors import SubjectError, TPCheckError
+from tpcheck.errors import SubjectError
+from tpcheck.loading import (
+    FILE_MODULE,
+    end_outdated_ranks,
+    file_module_name,
+    forget_changed,
+    load_file,
+    load_module,
+)
 from tpcheck.spec import ModelSpec
 
 _MARK = "__tpcheck_subject__"
@@ -109,6 +116,8 @@ def subject(
     Raises:
         SubjectError: an option is out of range, or neither vocab_size, inputs nor a spec is given.
     """
+    if callable(vocab_size):
+        raise SubjectError("subject: used without brackets, but should be @tpcheck.subject(...)")
     if logits not in ("all", "rank0"):
         raise SubjectError(f'subject: logits={logits!r}, but should be "all" or "rank0"')
     for name, value in (("vocab_size", vocab_size), ("seq_len", seq_len)):
@@ -160,10 +169,16 @@ def make_ref(target: str | Callable[..., Any] | SubjectRef) -> SubjectRef:
     if isinstance(target, SubjectRef):
         return target
     if isinstance(target, str):
-        return _parse_name(target)
-    if not callable(target):
+        ref = _parse_name(target)
+        value = str(ref.value)
+        if ref.kind in ("file", "name"):
+            forget_changed(file_module_name(value) if ref.kind == "file" else value)
+    elif callable(target):
+        ref = _ref_of_callable(target)
+    else:
         raise SubjectError(f"subject={target!r}, but should be a name or a callable build(tp)")
-    return _ref_of_callable(target)
+    end_outdated_ranks()
+    return ref
 
 
 def resolve(ref: SubjectRef) -> Subject:
@@ -185,7 +200,27 @@ def resolve(ref: SubjectRef) -> Subject:
             f"{ref.label}: not a subject, but should be decorated with"
             " @tpcheck.subject(vocab_size=..., seq_len=...) or @tpcheck.subject(inputs=...)"
         )
+    _assert_takes_the_group(build, ref.label, takes_spec=options.specs is not None)
     return Subject(ref.label, build, options)
+
+
+def _assert_takes_the_group(build: Callable[..., Any], label: str, *, takes_spec: bool) -> None:
+    """Refuse a build that cannot be called as every rank will call it."""
+    try:
+        signature = inspect.signature(build)
+    except (TypeError, ValueError):
+        return  # it is written in C and does not say
+    called_with = ("one argument, the TPGroup", "two arguments, the TPGroup and a spec of specs=")
+    try:
+        signature.bind(*("tp", "spec")[: 1 + takes_spec])
+    except TypeError:
+        names = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        taken = inspect.Signature(names)
+        hint = "; a spec comes second where specs= is declared" if "spec" in str(taken) else ""
+        raise SubjectError(
+            f"{label}: takes {taken}, but should take {called_with[takes_spec]}"
+            f"{'' if takes_spec else hint}"
+        ) from None
 
 
 def list_builtins() -> list[tuple[str, str]]:
@@ -226,13 +261,13 @@ def load_callable(ref: SubjectRef) -> Callable[..., Any]:
         build: Callable[..., Any] = pickle.loads(ref.value)  # type: ignore[arg-type]
         return build
     if ref.kind == "file":
-        module = _load_file(str(ref.value))
+        module = load_file(str(ref.value))
     else:
-        module = _import(str(ref.value), ref.label)
+        module = load_module(str(ref.value), ref.label)
     found: Any = module
     for part in ref.attr.split("."):
         if not hasattr(found, part):
-            raise SubjectError(f"{ref.label}: {found!r} has no attribute {part!r}")
+            raise SubjectError(f"{ref.label}: {_has_not(found, part)}")
         found = getattr(found, part)
     if not callable(found):
         raise SubjectError(f"{ref.label}: {ref.attr} is {type(found).__name__}, not callable")
@@ -240,47 +275,12 @@ def load_callable(ref: SubjectRef) -> Callable[..., Any]:
     return result
 
 
-def _import(name: str, label: str) -> ModuleType:
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name and (name == error.name or name.startswith(error.name + ".")):
-            raise SubjectError(
-                f"{label}: there is no module {error.name!r} on the path"
-                " (run where it can be imported, or give path/file.py:attr)"
-            ) from error
-        raise SubjectError(f"{label}: importing {name} failed: {error}") from error
-    except Exception as error:
-        raise SubjectError(
-            f"{label}: importing {name} failed: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _load_file(path: str) -> ModuleType:
-    digest = hashlib.blake2b(path.encode(), digest_size=6).hexdigest()
-    name = f"_tpcheck_subject_{Path(path).stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise SubjectError(f"subject file {path} cannot be loaded as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    folder = str(Path(path).parent)
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        sys.modules.pop(name, None)
-        if isinstance(error, TPCheckError) or not isinstance(error, Exception):
-            raise
-        raise SubjectError(
-            f"subject file {path} failed to load: {type(error).__name__}: {error}"
-        ) from error
-    return module
+def _has_not(found: Any, part: str) -> str:
+    """Say that an attribute is missing, and which subjects there are instead."""
+    where = Path(found.__file__).name if getattr(found, "__file__", None) else repr(found)
+    there = [name for name, value in vars(found).items() if hasattr(value, _MARK)]
+    subjects = f"; its subjects: {', '.join(there)}" if there else ""
+    return f"{where} has no attribute {part!r}{subjects}"
 
 
 def _ref_of_callable(build: Callable[..., Any]) -> SubjectRef:
@@ -288,11 +288,9 @@ def _ref_of_callable(build: Callable[..., Any]) -> SubjectRef:
     label = f"{module}:{qualname}"
     if isinstance(build, functools.partial):
         label = "{}:partial({})".format(*_place(build.func))
-    if module.startswith("_tpcheck_subject_"):
-        path = getattr(sys.modules.get(module), "__file__", None)
-        if path is not None:
-            return SubjectRef("file", str(path), qualname, label)
     if _importable(build, module, qualname):
+        if module.startswith(FILE_MODULE):
+            return SubjectRef("file", str(sys.modules[module].__file__), qualname, label)
         return SubjectRef("name", module, qualname, label)
     return SubjectRef("pickled", _pickle(build, label), label=label)
 

@@ -5,6 +5,7 @@ Each test reads what these runs printed and wrote; the sample project is a user'
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -197,6 +198,39 @@ def test_last_failed_stop_at_first_and_a_choice_of_tests(alone, project):
     assert failed(run) == {"test_plain_wrong"}
     assert run.counts().items() >= {"failed": 1}.items()
     assert list(summary(run)) == ["test_plain_wrong"]
+
+
+LAID_OUT = {
+    "pyproject.toml": '[tool.pytest.ini_options]\npythonpath = ["src"]\ntestpaths = ["tests"]\n',
+    "src/engine/__init__.py": "VOCAB = 8\n",
+    "tests/test_engine.py": """
+import tpcheck
+from engine import VOCAB
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=2)
+def build(tp):
+    w = tp.weight("w", VOCAB, VOCAB)
+    return lambda ids: tp.all_reduce(w[ids])
+
+def test_a(tp_check):
+    tp_check(build, backend="sim", confirm=False)
+""",
+}
+
+
+def test_the_repro_line_finds_what_pytest_had_on_its_path(tmp_path):
+    for name, text in LAID_OUT.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    run = run_pytest(tmp_path, "--tp", "2", "-p", "no:cacheprovider")
+    line = re.search(r"repro: (.*)", run.out).group(1)
+    assert re.match(r"PYTHONPATH=(tests:src|src:tests) tpcheck run test_engine:build ", line)
+    line = line.replace("tpcheck run", f"{shlex.quote(sys.executable)} -m tpcheck run")
+    done = subprocess.run(
+        line, shell=True, cwd=tmp_path, env=environment(), capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("WRONG: ")
 
 
 def test_simulation_alone_says_so(project):

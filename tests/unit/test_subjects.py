@@ -97,6 +97,13 @@ def test_options_out_of_range_are_named(options, message):
     assert error_of(subject, **options) == message
 
 
+def test_brackets_that_were_left_out_are_named():
+    with pytest.raises(SubjectError, match=r"without brackets, but should be @tpcheck.subject\("):
+
+        @subject
+        def build(tp): ...
+
+
 def test_only_a_callable_can_be_decorated():
     assert error_of(subject(vocab_size=8), 7) == ("subject: 7 is not callable; decorate build(tp)")
 
@@ -189,7 +196,9 @@ def test_what_is_missing_is_named(file):
         "no_such_module:build: there is no module 'no_such_module' on the path"
         " (run where it can be imported, or give path/file.py:attr)"
     )
-    assert "has no attribute 'nope'" in error_of(resolve, make_ref(f"{file}:nope"))
+    assert error_of(resolve, make_ref(f"{file}:nope")) == (
+        f"{file}:nope: {file.name} has no attribute 'nope'; its subjects: build"
+    )
     assert (
         error_of(resolve, make_ref(f"{file}:plain")) == f"{file}:plain: plain is int, not callable"
     )
@@ -223,7 +232,45 @@ def test_a_module_that_fails_to_import_says_what_it_was(tmp_path, monkeypatch):
     message = error_of(resolve, make_ref("fails_on_import:build"))
     assert message == (
         "fails_on_import:build: importing fails_on_import failed: No module named 'no_such_thing'"
+        " (fails_on_import.py, line 1)"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "build", "message"),
+    [
+        ({"vocab_size": 8}, lambda: None, "takes (), but should take one argument, the TPGroup"),
+        (
+            {"vocab_size": 8},
+            lambda tp, spec: None,
+            "takes (tp, spec), but should take one argument, the TPGroup; a spec comes second"
+            " where specs= is declared",
+        ),
+        (
+            {"vocab_size": 8},
+            lambda *, tp: None,
+            "takes (*, tp), but should take one argument, the TPGroup",
+        ),
+        (
+            {"specs": st.just(SPEC)},
+            lambda tp: None,
+            "takes (tp), but should take two arguments, the TPGroup and a spec of specs=",
+        ),
+    ],
+)
+def test_a_build_that_takes_something_else_is_told_what_it_is_called_with(options, build, message):
+    ref = make_ref(subject(**options)(build))
+    assert error_of(resolve, ref) == f"{ref.label}: {message}"
+
+
+def test_more_parameters_are_fine_where_they_have_defaults():
+    class Model:
+        @subject(vocab_size=8)
+        def build(self, tp, *, width: int = 4):
+            return len
+
+    for build in (lambda tp, n=2: len, lambda *args, **kwargs: len, Model().build):
+        assert resolve(make_ref(subject(vocab_size=8)(build))).build(None) is len
 
 
 # Callables.
