@@ -50,6 +50,8 @@ def structural(evidence: Evidence) -> Check:
         compared = _compare_all(exact, oracle)
     except SubjectError as error:
         return Check(FAIL, str(error), facts)
+    if not any(output.numel() for output in oracle.outputs.values()):
+        return Check(SKIPPED, "the output is empty at TP=1: nothing to compare", facts)
     if not any(bool(output.isfinite().any()) for output in oracle.outputs.values()):
         return Check(SKIPPED, "TP=1 in float64 is not finite anywhere: nothing to compare", facts)
     where, worst = worst_comparison(compared)
@@ -126,6 +128,13 @@ def drift(evidence: Evidence) -> Check:
     }
     if overflow:
         return Check(FAIL, overflow, facts)
+    if base_error >= magnitude > 0:
+        reason = (
+            f"TP=1's own error is {base_error / magnitude:.3g} x its output: in {evidence.dtype} it"
+            f" is not the model that it is in {evidence.oracle_dtype}, so there is nothing to hold"
+            " TP=N to (draw weights in one dtype and cast them, or take them from tp.weight)"
+        )
+        return Check(SKIPPED, reason, facts)
     if ratio > limit:
         reason = (
             f"error is {ratio:.3g} x that of TP=1, but should be at most {limit:.3g}:"

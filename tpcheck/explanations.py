@@ -169,6 +169,9 @@ def without_flipped(evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
 
 
 def _with_expected_drift(runs: CaseRuns, evidence: Evidence, reduction: str) -> Evidence:
+    if drifts(drift(evidence)) and evidence.oracle is not None:
+        equal = {c.target for c in evidence.oracle.casts if eps(c.target) == eps(runs.dtype)}
+        evidence = _with_base_of_casts(runs, evidence, equal) if equal else evidence
     if not drifts(drift(evidence)) or not evidence.exact:
         return evidence
     coarse = {
@@ -178,7 +181,7 @@ def _with_expected_drift(runs: CaseRuns, evidence: Evidence, reduction: str) -> 
         if eps(cast.target) > eps(runs.dtype)
     }
     if coarse:
-        return _with_coarse_base(runs, evidence, coarse)
+        return _with_base_of_casts(runs, evidence, coarse)
     order = tuple(dict.fromkeys(input_order(runs.inputs, evidence.tp_size)))
     task = replace(
         runs.exact_task(order),
@@ -197,7 +200,8 @@ def _with_expected_drift(runs: CaseRuns, evidence: Evidence, reduction: str) -> 
     oracle = evidence.oracle
     assert oracle is not None
     error, magnitude, _ = distance(evidence.base, oracle)
-    at_1 = floored(error, magnitude, eps(runs.dtype))
+    own = error if evidence.base_error is None else evidence.base_error
+    at_1 = floored(own, magnitude, eps(runs.dtype))
     if not at_1:
         return evidence
     expected = math.sqrt(1 + (response / at_1) ** 2)
@@ -242,14 +246,14 @@ def _with_runs(runs: CaseRuns, evidence: Evidence, task: Task, suffix: str) -> E
     )
 
 
-def _with_coarse_base(runs: CaseRuns, evidence: Evidence, coarse: set[str]) -> Evidence:
-    """Where TP=1 rounds coarser than the deployed dtype itself, that is its own error.
+def _with_base_of_casts(runs: CaseRuns, evidence: Evidence, targets: set[str]) -> Evidence:
+    """Where TP=1 itself casts to a dtype that holds no more than the deployed one, count that.
 
-    The oracle makes the same cast, so both agree and e1 would be 0. What only TP=N rounds
-    coarser explains nothing.
+    The oracle makes the same cast, so both agree and e1 would be 0: half of a float32 engine that
+    runs in float32. What only TP=N casts to explains nothing.
     """
     oracle = evidence.oracle
-    if oracle is None or not coarse <= {cast.target for cast in oracle.casts}:
+    if oracle is None or not targets <= {cast.target for cast in oracle.casts}:
         return evidence
     error, magnitude, _ = distance(evidence.base, oracle)
     moved, size, _ = distance(runs.noisy_alone, oracle)

@@ -61,7 +61,9 @@ def judge_failure(
     if failure.traceback:
         lines.append(failure.traceback.rstrip())
     lines += [
-        f"rank {rank} stack:\n{text.rstrip()}" for rank, text in sorted(failure.stacks.items())
+        f"rank {rank} stack:\n{text.rstrip()}"
+        for rank, text in sorted(failure.stacks.items())
+        if text.rstrip() != failure.traceback.rstrip()  # the raised rank's, which stands above
     ]
     nothing = Check(SKIPPED, "the run did not finish")
     rank = {} if failure.rank is None else {"rank": failure.rank}

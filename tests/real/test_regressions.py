@@ -93,7 +93,7 @@ def tokens(tp, off_by=0):
         index = index + tp.rank * w.head.shape[0]
         values, indices = (tp.all_gather(x.unsqueeze(-1), -1) for x in (value, index))
         chosen = indices.gather(-1, values.argmax(-1, keepdim=True)).squeeze(-1)
-        chosen[1, -1] = (chosen[1, -1] + off_by * (tp.size > 1)) % VOCAB
+        chosen[-1, -1] = (chosen[-1, -1] + off_by * (tp.size > 1)) % VOCAB
         return chosen
 
     return forward
@@ -373,7 +373,7 @@ def test_inputs_do_not_depend_on_the_degrees_asked_for_and_run_long_to_short():
     case, loaded = Case(0, 2, 11), resolve(make_ref(clean))
     alone, both = make_inputs(loaded, case, (4,)), make_inputs(loaded, case, (2, 4, 8))
     assert all(torch.equal(alone[key][0], both[key][0]) for key in alone)
-    assert list(alone) == ["t5", "t4", "t3", "t1", "A", "B"]
+    assert list(alone) == ["t5", "t4", "t3", "t1", "row5", "row1", "A", "B"]
 
 
 FEW_ERRORS = ModelSpec(
@@ -498,3 +498,92 @@ def test_choices_that_a_fault_flips_do_not_raise_the_limit_it_is_held_to(name):
     structural = verdict.checks["structural"]
     assert structural.facts["limit"] < 1e-4
     assert structural.outcome == ("FAIL" if name else "PASS")
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_outputs_of_eight_bits_are_compared_by_value(wrong):
+    @subject
+    def build(tp):
+        weights = Weights(tp)
+
+        def forward(ids):
+            y = tp.all_reduce(weights.partial(weights.embed[ids]))
+            return (y * (2 if wrong and tp.size > 1 else 1)).to(torch.float8_e4m3fn)
+
+        return forward
+
+    assert outcomes(build) == {"WRONG" if wrong else "PASS"}
+
+
+def all_in_float32(tp, narrow=False):
+    """An engine that computes in float32 whatever the dtype: its float64 run rounds as well."""
+    weights = Weights(tp)
+
+    def forward(ids):
+        x = weights.embed[ids].float()
+        y = F.silu(x @ weights.up.float().T) @ weights.down.float().T
+        y = y.bfloat16() if narrow and tp.size > 1 else y
+        return ((x + tp.all_reduce(y)) @ weights.full_head.float().T).to(tp.dtype)
+
+    return forward
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_tp_1_rounds_in_its_float64_run_too_is_its_own_error(seed, narrow):
+    build = subject(functools.partial(all_in_float32, narrow=narrow))
+    found = outcomes(build, (2, 8), dtypes=("float32",), seed=seed)
+    assert found == {"DRIFT" if narrow else "PASS"}
+
+
+def test_no_drift_is_held_to_another_models_error():
+    @subject
+    def build(tp):
+        generator = torch.Generator().manual_seed(1)
+        table = torch.randn(VOCAB, HIDDEN, generator=generator, dtype=tp.dtype)
+        return lambda ids: table[ids]
+
+    for verdict in verdicts(build, (2,)):
+        assert verdict.outcome == "PASS"
+        drift = verdict.checks["drift"]
+        assert drift.outcome == "SKIPPED"
+        assert "in bfloat16 it is not the model that it is in float64" in drift.reason
+
+
+def two_rows_only(tp, wrong=False):
+    weights = Weights(tp)
+    cache = torch.zeros(2, 11, HIDDEN, dtype=tp.dtype)
+
+    def forward(ids):
+        x = weights.embed[ids]
+        cache[:, : ids.shape[1]].copy_(x.view(2, -1, HIDDEN))
+        if wrong and tp.size > 1 and ids.shape[1] == 1:
+            raise ValueError("one token")
+        return x + tp.all_reduce(weights.partial(cache[:, : ids.shape[1]]))
+
+    return forward
+
+
+@pytest.mark.parametrize("float64", [True, False])
+def test_a_subject_made_for_two_rows_runs_without_one(float64):
+    build = tpcheck.subject(vocab_size=VOCAB, seq_len=11, float64=float64)(two_rows_only)
+    (verdict,) = verdicts(build, (2,))
+    assert verdict.outcome == "PASS", verdict.reasons
+    assert "inputs: TP=1 raises for one row; only inputs of 2 rows were run" in verdict.reasons
+
+
+def test_what_raises_at_one_degree_only_is_an_error():
+    build = subject(functools.partial(two_rows_only, wrong=True))
+    (verdict,) = verdicts(build, (2,))
+    assert verdict.outcome == "ERROR"
+    assert "one token" in verdict.reasons[0]
+
+
+def test_a_users_inputs_may_want_two_rows():
+    def inputs(generator, batch, seq_len):
+        if batch < 2:
+            raise ValueError("batch")
+        return torch.randint(VOCAB, (batch, seq_len), generator=generator)
+
+    build = tpcheck.subject(inputs=inputs, vocab_size=VOCAB, seq_len=11)(two_rows_only)
+    assert outcomes(build) == {"PASS"}

@@ -87,6 +87,12 @@ def test_structural_has_nothing_to_compare_when_tp1_is_nan_everywhere():
     assert check.reason == "TP=1 in float64 is not finite anywhere: nothing to compare"
 
 
+def test_structural_says_that_an_output_is_empty():
+    check = structural(evidence(exact=torch.empty(0, 64), oracle=torch.empty(0, 64).double()))
+    assert check.outcome == "SKIPPED"
+    assert check.reason == "the output is empty at TP=1: nothing to compare"
+
+
 def test_structural_fails_on_another_shape():
     check = structural(evidence(exact=values(4, 65)))
     assert check.outcome == "FAIL"
