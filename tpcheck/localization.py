@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from tpcheck.comparison import compare, describe_region, mask_difference
+from tpcheck.comparison import as_float64, compare, describe_region, mask_difference
 from tpcheck.numerics.regression import most_scaled_rank
 from tpcheck.observation.modules import PointRecord
 from tpcheck.placement import Partial, Placement, Replicate, Slices
-from tpcheck.reconciliation import infer, reconciled, relative, rms
+from tpcheck.reconciliation import infer, reconciled, relative, rms, widened
 from tpcheck.records import FirstDivergence
 from tpcheck.trace import Trace
 
@@ -129,7 +129,7 @@ def _judge_holders(
 
 def _place(got: torch.Tensor, want: torch.Tensor, allowed: float) -> str:
     size = rms(torch.where(want.isfinite(), want, 0.0))
-    bad = (got.double() - want.double()).abs() > max(allowed, 1e-15) * size
+    bad = (widened(got) - widened(want)).abs() > max(allowed, 1e-15) * size
     return describe_region(bad | mask_difference(got, want))
 
 
@@ -170,16 +170,16 @@ def _attribution(
     assert want is not None
     outputs = [record.output for record in records if record.output is not None]
     if isinstance(placement, Replicate) and all(out.shape == want.shape for out in outputs):
-        total = torch.stack([out.double() for out in outputs]).sum(0)
+        total = torch.stack([widened(out) for out in outputs]).sum(0)
         if relative(total, want) <= allowed:
             return None, "the ranks' outputs are partial sums: a reduction is missing"
     if any(len(record.partials) != 1 for record in records):
         return None, ""
-    operands = torch.stack([record.partials[0][1].double().flatten() for record in records], 1)
+    operands = torch.stack([as_float64(record.partials[0][1]).flatten() for record in records], 1)
     empty = [rank for rank, zero in enumerate((operands == 0).all(0).tolist()) if zero]
     if len(empty) == 1:
         return empty[0], f"rank {empty[0]}'s partial is all zeros"
-    result = records[0].partials[0][2].double().flatten()
+    result = as_float64(records[0].partials[0][2]).flatten()
     if operands.shape[0] != result.numel():
         return None, ""
     if relative(operands.sum(1), result) > 1e-5:
@@ -188,9 +188,9 @@ def _attribution(
             return None, "the reduction did not return the sum of the partials"
         return _name(weights, "the reduction counted rank {rank}'s partial {factor} times")
     if len(reference.partials) == 1:  # what is added after it, a bias, is no rank's term
-        true_sum = reference.partials[0][2].double().flatten()
+        true_sum = as_float64(reference.partials[0][2]).flatten()
     else:
-        true_sum = want.double().flatten()
+        true_sum = as_float64(want).flatten()
     if true_sum.numel() != result.numel():
         return None, ""
     true = _solve(operands, true_sum)
@@ -223,8 +223,8 @@ def _regression(
     assert want is not None
     if any(len(record.partials) != 1 for record in records) or records[0].output is None:
         return None, ""
-    partials = torch.stack([record.partials[0][1].double().flatten() for record in records])
-    error = (records[0].output.double() - want.double()).flatten()
+    partials = torch.stack([as_float64(record.partials[0][1]).flatten() for record in records])
+    error = (as_float64(records[0].output) - as_float64(want)).flatten()
     if partials.shape[1] != error.numel():
         return None, ""
     found = most_scaled_rank(partials, error)
@@ -238,7 +238,7 @@ def _same_for_every_token(records: Sequence[PointRecord], want: torch.Tensor) ->
     output = records[0].output
     if output is None or output.shape != want.shape or want[..., 0].numel() < 2:
         return False
-    error = (output.double() - want.double()).flatten(0, -2)
+    error = (widened(output) - widened(want)).flatten(0, -2)
     return relative(error, error[:1].expand_as(error)) < 1e-6
 
 

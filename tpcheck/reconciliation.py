@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from tpcheck.comparison import as_float64
 from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
 
 _MOST_PARTS = 8
@@ -85,7 +86,7 @@ def _padded(
 
 
 def _sum(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([output.double() for output in outputs]).sum(0)
+    return torch.stack([widened(output) for output in outputs]).sum(0)
 
 
 def _fused(
@@ -142,8 +143,8 @@ def _pieces(
 
 def _runs(output: torch.Tensor, want: torch.Tensor, dim: int, allowed: float) -> Sequence[Run]:
     """Return which of the reference's channels a rank's are; none if they are no few runs."""
-    own_cN = output.movedim(dim, 0).flatten(1).double()
-    all_CN = want.movedim(dim, 0).flatten(1).double()
+    own_cN = as_float64(output.movedim(dim, 0)).flatten(1)
+    all_CN = as_float64(want.movedim(dim, 0)).flatten(1)
     # Channels that are not the same one are off by more than either of them.
     close = min(10 * allowed, 0.5) * rms(all_CN)
     runs: list[Run] = []
@@ -222,15 +223,20 @@ def _held_and_wanted(
         yield [(output[here], want[there]) for here, there in placement.pieces]
 
 
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64, or in complex128."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
 def rms(x: torch.Tensor) -> float:
-    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+    return float(as_float64(x).square().mean().sqrt()) if x.numel() else 0.0
 
 
 def relative(got: torch.Tensor | None, want: torch.Tensor | None) -> float:
     """Relative rms over finite elements; infinite when shapes or masks differ."""
     if got is None or want is None or got.shape != want.shape:
         return float("inf")
-    a, b = got.double(), want.double()
+    a, b = as_float64(got), as_float64(want)
     finite = a.isfinite() & b.isfinite()
     if not bool((a.isfinite() == b.isfinite()).all()):
         return float("inf")
