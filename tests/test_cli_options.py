@@ -336,6 +336,33 @@ def test_json_on_stdout_is_json_alone(folder: Path) -> None:
     assert json.loads(done.stdout)["outcome"] == "PASS"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "loud.py:build", "--tp", "2"],
+        ["drift", "loud.py:build", "--tp", "2", "--dtype", "bfloat16", "--wire", "float32"],
+        ["golden", "record", "loud.py:build", "records"],
+        ["probe", "--tp", "2", "--dtype", "float32", "--sizes", "64"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_what_a_subject_prints_is_no_result(folder: Path, arguments: list[str]) -> None:
+    loud = (folder / "good.py").read_text().replace("x = embed", "print('forward'); x = embed")
+    (folder / "loud.py").write_text(
+        f"print('loaded')\n{loud}\n"
+        "def collective(x):\n"
+        "    print('forward'); torch.distributed.all_reduce(x); return x\n"
+    )
+    collective = ["--collective", "loud:collective"] if arguments[0] == "probe" else []
+    backend = "gloo" if arguments[0] == "probe" else "sim"
+    done = tpcheck(
+        *arguments, *collective, "--backend", backend, "--json", "-", "--no-progress", cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    json.loads(done.stdout)
+    assert {"loaded", "forward"} <= set(done.stderr.splitlines())
+
+
 def test_the_list_names_subjects_that_can_be_run() -> None:
     done = tpcheck("run", "--list")
     assert done.returncode == 0
@@ -358,8 +385,8 @@ def test_ctrl_c_is_exit_130_and_says_nothing(tmp_path: Path) -> None:
         text=True,
         cwd=tmp_path,
     ) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "up\n"
+        assert child.stderr is not None
+        assert child.stderr.readline() == "up\n"
         child.send_signal(signal.SIGINT)
         _, errors = child.communicate(timeout=60)
     assert (child.returncode, errors) == (130, "")

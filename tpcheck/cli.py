@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
 
 import typer
@@ -46,10 +46,12 @@ def main() -> None:
     try:
         app(prog_name="tpcheck")
     except TPCheckError as error:
-        print_error(f"error: {error}")
+        from tpcheck.render.text import printable
+
+        print_error(f"error: {printable(str(error))}")  # it may quote a file of anybody
     except Exception:
         # 1 would say "the subject fails": nothing is known about it
-        traceback.print_exc()
+        print_error(traceback.format_exc().rstrip())
         print_error("error: this is a bug in tpcheck; nothing is known about the subject")
     sys.exit(USAGE_ERROR)
 
@@ -302,10 +304,13 @@ def selfcheck(
 def _running(
     outputs: Outputs, backend: options.Backend, ranks_per_gpu: int | None, *, bar: bool
 ) -> Iterator[Progress | None]:
-    """Yield what a run reports its progress to, once the outputs are known to be writable."""
+    """Yield what a run reports its progress to, once the outputs are known to be writable.
+
+    What a subject prints meanwhile is no result: it goes to stderr, as what ranks print does.
+    """
     _serve_if_torchrun_wants(backend, ranks_per_gpu)
     outputs.assert_writable()
-    with _interruptible(), progress_bar(enabled=bar) as progress:
+    with redirect_stdout(sys.stderr), _interruptible(), progress_bar(enabled=bar) as progress:
         yield progress
 
 

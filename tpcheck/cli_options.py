@@ -7,6 +7,7 @@ imported or started. The list is frozen by tests/test_cli_options.py.
 from __future__ import annotations
 
 import math
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,9 @@ from typing import Annotated
 import typer
 
 from tpcheck.errors import TPCheckError
+
+_WHOLE = re.compile(r"0*[1-9][0-9]{0,17}")
+"""A whole number of at least 1, of digits that 64 bits hold."""
 
 
 class Backend(StrEnum):
@@ -57,12 +61,7 @@ def parse_tp_sizes(text: str | None) -> tuple[int, ...] | None:
     Raises:
         TPCheckError: not whole numbers of at least 1, separated by commas.
     """
-    if text is None:
-        return None
-    pieces = [piece.strip() for piece in text.split(",")]
-    if not all(piece.isascii() and piece.isdigit() and int(piece) > 0 for piece in pieces):
-        raise TPCheckError(f"--tp={text!r}, but should be whole numbers of at least 1 like 2,4,8")
-    return tuple(dict.fromkeys(int(piece) for piece in pieces))
+    return _whole_numbers("--tp", text, "whole numbers of at least 1 like 2,4,8")
 
 
 def parse_message_sizes(text: str | None) -> tuple[int, ...] | None:
@@ -71,11 +70,15 @@ def parse_message_sizes(text: str | None) -> tuple[int, ...] | None:
     Raises:
         TPCheckError: not whole numbers of at least 1, separated by commas.
     """
+    return _whole_numbers("--sizes", text, "numbers of elements like 1,4096")
+
+
+def _whole_numbers(option: str, text: str | None, expected: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     pieces = [piece.strip() for piece in text.split(",")]
-    if not all(piece.isascii() and piece.isdigit() and int(piece) > 0 for piece in pieces):
-        raise TPCheckError(f"--sizes={text!r}, but should be numbers of elements like 1,4096")
+    if not all(_WHOLE.fullmatch(piece) for piece in pieces):
+        raise TPCheckError(f"{option}={text!r}, but should be {expected}")
     return tuple(dict.fromkeys(map(int, pieces)))
 
 

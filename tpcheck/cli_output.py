@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from tpcheck.errors import TPCheckError
 from tpcheck.files import assert_writable, write_text
@@ -37,6 +37,8 @@ class Outputs:
         for name, path in given.items():
             if path is None or (name == "json" and is_stdout(path)):
                 continue
+            if is_stdout(path):
+                raise TPCheckError(f"--{name}=-: only --json goes to stdout; name a file")
             other = taken.setdefault(os.path.realpath(path), name)
             if other != name:
                 raise TPCheckError(f"--{name}={path}, but should differ from --{other}")
@@ -106,14 +108,31 @@ def is_stdout(path: Path) -> bool:
 
 
 def print_result(text: str) -> None:
-    """Print to stdout; a reader that has gone changes nothing."""
-    try:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has read enough: the exit code still says the outcome
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print to stdout; a reader that has gone changes nothing.
+
+    Raises:
+        TPCheckError: it cannot be written, as on a full disk.
+    """
+    error = _print(text, sys.stdout)
+    # `| head` has read enough: the exit code still says the outcome
+    if error is not None and not isinstance(error, BrokenPipeError):
+        raise TPCheckError(f"stdout: cannot be written: {error.strerror}") from error
 
 
 def print_error(text: str) -> None:
-    """Print to stderr."""
-    sys.stderr.write(f"{text}\n")
+    """Print to stderr; where it cannot be written, the exit code alone says it."""
+    _print(text, sys.stderr)
+
+
+def _print(text: str, stream: TextIO | None) -> OSError | None:
+    """Write a line and return what went wrong."""
+    if stream is None:  # it was closed before we started: nobody is to read it
+        return None
+    try:
+        stream.write(f"{text}\n")
+        stream.flush()
+    except OSError as error:
+        # Python writes what is left when it ends, and an error then would change the exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return error
+    return None

@@ -115,6 +115,15 @@ class _Stubborn(Exception):
         super().__init__(f"{a} {b}")
 
 
+class _Speechless(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def raise_speechless(world, payload):
+    raise _Speechless
+
+
 def raise_unpicklable(world, payload):
     raise _Stubborn("two", "arguments")
 
@@ -132,6 +141,11 @@ def litter(world, payload):
     os.environ["TPCHECK_LITTER"] = "1"
     for _ in range(payload["groups"]):
         dist.new_group(list(range(world.size)))
+
+
+def litter_environment(world, payload):
+    os.environ["TPCHECK_LITTER"] = "1"
+    os.environ.pop("TPCHECK_GONE", None)
 
 
 def look_around(world, payload):

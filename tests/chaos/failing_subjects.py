@@ -88,3 +88,16 @@ def refuses(tp):
     if tp.size == 2:
         raise tpcheck.IllegalDegreeError("heads=3, but should be divisible by tp_size=2")
     return decoder(tp)
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=4)
+def wrong_by_a_variable(tp):
+    wrong = os.environ.get("TPCHECK_TEST_BUG")
+    return decoder(tp, lambda partial: partial + tp.rank if wrong else partial)
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=4)
+def shares_the_environment(tp):
+    """Its own ranks leave a mark that only those of the same process find."""
+    found = os.environ.setdefault("TPCHECK_TEST_MARK", str(tp.rank)) != str(tp.rank)
+    return decoder(tp, lambda partial: partial + 1 if found else partial)

@@ -70,6 +70,7 @@ def test_an_exception_of_every_rank_keeps_its_type_and_attributes(pool):
     [
         ("exit_politely", "every rank raised SystemExit: enough"),
         ("raise_unpicklable", "every rank raised _Stubborn: two arguments"),
+        ("raise_speechless", "every rank raised _Speechless: its text raises RuntimeError"),
         ("return_lambda", "every rank raised TypeError: chaos_jobs:return_lambda returned a funct"),
     ],
 )

@@ -96,3 +96,20 @@ def test_a_degree_that_cannot_be_sharded_is_illegal_and_says_which_can():
     assert verdict.outcome == "ILLEGAL"
     assert "num_attention_heads=8" in verdict.reasons[0]
     assert "1, 2, 4, 8" in verdict.reasons[0]
+
+
+def test_warm_ranks_see_what_the_parent_set_since(monkeypatch):
+    assert run("wrong_by_a_variable").outcome == "PASS"
+    monkeypatch.setenv("TPCHECK_TEST_BUG", "1")
+    assert run("wrong_by_a_variable").outcome == "WRONG"
+    [simulated] = tpcheck.run(f"{SUBJECTS}:wrong_by_a_variable", (2,), backend="sim").verdicts
+    assert simulated.outcome == "WRONG"
+    assert simulated.reasons[-1] == "confirmed on gloo"
+    monkeypatch.delenv("TPCHECK_TEST_BUG")
+    assert run("wrong_by_a_variable").outcome == "PASS"
+
+
+def test_what_simulated_ranks_set_for_each_other_does_not_reach_real_ones():
+    [verdict] = tpcheck.run(f"{SUBJECTS}:shares_the_environment", (2,), backend="sim").verdicts
+    assert verdict.outcome == "PASS"
+    assert verdict.reasons[-1].startswith("WRONG in simulation but PASS on gloo")

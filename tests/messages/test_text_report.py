@@ -1,8 +1,11 @@
 """The text report in full, for one failing and one passing run: what users read, to the letter."""
 
+from dataclasses import replace
 from textwrap import dedent
 
 from tpcheck.records import Check, FirstDivergence, Path, Report, Verdict
+from tpcheck.render.html import render_html
+from tpcheck.render.markdown import render_markdown
 from tpcheck.render.text import render_text
 
 GLOO = Path("gloo", {"all_reduce": 4}, False, ("backend gloo, not nccl",))
@@ -92,6 +95,16 @@ def test_a_passing_subject() -> None:
         path          gloo · 4 all_reduce
         not deployed  backend gloo, not nccl
         ran on        torch 2.13.0 · python 3.11.7 · device cpu · tpcheck 0.1.0""")
+
+
+def test_a_pass_with_a_remark_shows_it_in_every_rendering() -> None:
+    remark = "ERROR in simulation but PASS on gloo: the subject shares process state between ranks"
+    verdicts = [replace(passing(size), reasons=(f"{remark}\nmore",)) for size in (2, 4)]
+    report = Report("models.py:build", tuple(verdicts), ENVIRONMENT, GLOO, "0.1.0")
+    shown = f"\n\nremark        {remark} (in 2)\nskipped       tiling: the subject"
+    assert shown in render_text(report)
+    assert f"- **remark**: {remark} (in 2)\n" in render_markdown(report)
+    assert f"{remark} (in 2)" in render_html(report)
 
 
 def test_a_tolerance_below_the_floor() -> None:

@@ -13,6 +13,7 @@ from tpcheck.groups import pool as pools
 from tpcheck.groups import wire
 from tpcheck.groups.jobs import Job
 from tpcheck.groups.pool import RankPool
+from tpcheck.groups.simulated import SimulatedRanks
 
 torch.set_num_threads(1)
 sys.path.append(str(Path(__file__).parents[1] / "chaos"))
@@ -152,6 +153,16 @@ def test_a_world_that_stands_is_used_again(pool):
     assert [pool.fleet.link(rank).layout for rank in range(4)] == before
 
 
+def test_a_process_is_the_same_rank_in_every_world_of_a_size(pool):
+    # What an engine keeps for its rank, under sizes alone, is then right for as long as it lives.
+    places = {}
+    for sizes in ((1, 2), (3, 1), (2, 2), (1, 3), (2, 1, 1), (1, 1, 2), (4,), (1, 2, 3, 2, 1)):
+        for result in pool.run([job("whoami", size=size) for size in sizes]):
+            size = len(result.replies)
+            for rank, reply in enumerate(result.replies):
+                assert places.setdefault((reply["pid"], size), rank) == rank
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_collectives_do_what_their_names_say(pool, size, dtype):
@@ -199,6 +210,45 @@ def test_a_job_finds_the_process_as_the_first_one_did(pool):
     for reply, first in zip(replies(pool, "look_around", size=2), before, strict=True):
         assert reply | {"fds": 0} == first | {"fds": 0}
         assert reply["directory"] == os.getcwd()
+
+
+def test_a_job_finds_the_environment_that_the_parent_has_now(monkeypatch):
+    monkeypatch.setenv("TPCHECK_OLD", "before")
+    monkeypatch.setenv("TPCHECK_GONE", "before")
+    with RankPool(2) as pool:
+        replies(pool, "whoami")
+        with monkeypatch.context() as patch:
+            patch.setenv("TPCHECK_NEW", "now")
+            patch.setenv("TPCHECK_OLD", "after")
+            patch.delenv("TPCHECK_GONE")
+            for reply in replies(pool, "whoami"):
+                env = reply["env"]
+                assert (env["TPCHECK_NEW"], env["TPCHECK_OLD"]) == ("now", "after")
+                assert "TPCHECK_GONE" not in env
+        for reply in replies(pool, "whoami"):
+            env = reply["env"]
+            assert (env["TPCHECK_OLD"], env["TPCHECK_GONE"]) == ("before", "before")
+            assert "TPCHECK_NEW" not in env
+
+
+@pytest.mark.parametrize(
+    "name",
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE MASTER_ADDR MASTER_PORT"
+    " CUDA_VISIBLE_DEVICES NCCL_HOSTID GLOO_SOCKET_IFNAME OMP_NUM_THREADS MKL_NUM_THREADS"
+    " PYTEST_CURRENT_TEST TORCHELASTIC_RUN_ID".split(),
+)
+def test_what_makes_a_rank_is_not_the_parents_to_change(pool, monkeypatch, name):
+    before = [reply["env"].get(name) for reply in replies(pool, "whoami")]
+    monkeypatch.setenv(name, "123")
+    assert [reply["env"].get(name) for reply in replies(pool, "whoami")] == before
+
+
+def test_a_simulated_job_leaves_the_environment_as_it_was(monkeypatch):
+    # else what one simulated rank set would reach the real ranks that are to confirm its failure
+    monkeypatch.setenv("TPCHECK_GONE", "before")
+    before = dict(os.environ)
+    replies(SimulatedRanks(), "litter_environment")
+    assert dict(os.environ) == before
 
 
 def test_ranks_collect_their_garbage_but_not_the_imports_they_share(pool):

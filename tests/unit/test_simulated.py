@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tpcheck.errors import BackendError, ScheduleError, SubjectError
-from tpcheck.groups.jobs import Job, JobResult
+from tpcheck.groups.jobs import Job, JobResult, in_seconds
 from tpcheck.groups.simulated import SimulatedGroup, SimulatedRanks, SimulatedWorld
 from tpcheck.numerics.reduction import KINDS, reduce, reduce_sum
 from tpcheck.trace import RankFailure
@@ -330,6 +330,26 @@ def test_a_cause_is_in_the_traceback_and_frames_are_let_go():
     assert "KeyError: 'inner'" in result.traceback
     assert result.exception.__traceback__ is None
     assert result.exception.__cause__.__traceback__ is None
+
+
+def test_an_exception_without_words_is_a_failure_by_its_type():
+    class Speechless(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no words")
+
+    def body(world):
+        raise Speechless
+
+    result = failure(body, 2)
+    assert result.message == "rank 0 raised Speechless: its text raises RuntimeError"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(2.99994, "3"), (120.0, "120"), (119.2, "119.2"), (3599.96, "3600"), (0.2, "0.2")],
+)
+def test_time_that_is_left_is_written_as_it_was_given(seconds, text):
+    assert in_seconds(seconds) == f"{text} s"
 
 
 def test_system_exit_is_a_failure_and_does_not_end_the_process():

@@ -49,6 +49,24 @@ class JobFailed(Exception):
         self.failure = failure
 
 
+def text_of(error: BaseException) -> str:
+    """Return an exception's text; one that has none to give (`__str__` raises) says that."""
+    try:
+        return str(error)
+    except Exception as raised:
+        return f"its text raises {type(raised).__name__}"
+
+
+def in_seconds(timeout_s: float) -> str:
+    """Write a timeout as it was asked for: what is left of 3 s when a job starts is 2.99994 s.
+
+    Example:
+        >>> in_seconds(2.99994), in_seconds(0.2), in_seconds(90.5)
+        ('3 s', '0.2 s', '90.5 s')
+    """
+    return f"{round(timeout_s, 1 if timeout_s >= 1 else 3):g} s"
+
+
 class World(Protocol):
     """What a job function sees of the ranks it runs on."""
 

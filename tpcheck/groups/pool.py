@@ -7,6 +7,10 @@ and kills and replaces the ranks of a job that went wrong while other jobs on ot
 [Layouts] A job's ranks are the default process group exactly. Ranks stay in their world as long as
 the next job wants the same ranks together; anything else costs a new group (about 0.1 s at 8
 ranks), so the scheduler prefers worlds that stand.
+
+[Places] A process is the same rank in every world of a size. Engines cache what belongs to their
+rank, slopes or masks of its heads, under sizes alone, because where they are deployed a process has
+one rank for life.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from tpcheck.groups.fleet import Fleet, Link, LocalFleet
 from tpcheck.groups.flight import innermost_frame
 from tpcheck.groups.jobs import Job, JobResult
 from tpcheck.groups.nccl import gpu_layout, launch_environment, visible_gpu_count
+from tpcheck.groups.surroundings import THREAD_COUNTS, environment_changes
 from tpcheck.groups.watch import NO_STACK, Watch
 from tpcheck.groups.worker import RankSettings
 
@@ -71,6 +76,7 @@ class RankPool:
         self.label = backend_label(backend, ranks_per_gpu)
         self.max_size = size
         self._fleet = fleet or _local_fleet(size, backend, self.label, ranks_per_gpu, preload)
+        self._environment = dict(os.environ)  # what the ranks start from
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._jobs = 0
@@ -141,23 +147,30 @@ class RankPool:
             if running and self.label == "nccl-loopback":
                 return  # ranks on one GPU already take turns
             links = self._choose([self._fleet.link(rank) for rank in free], job.size)
+            if not links:
+                continue
             running.append(self._start(index, job, links))
             free = [rank for rank in free if rank not in {link.rank for link in links}]
             waiting.remove((index, job))
 
     def _choose(self, free: list[Link], size: int) -> list[Link]:
-        """Return ranks that are a world of this size already; else those in no world first."""
+        """Return ranks that are a world of this size already; else those in no world first.
+
+        Nobody while a place in the world has no free rank; see [Places].
+        """
         worlds: dict[str, list[Link]] = {}
         for link in free:
             worlds.setdefault(link.layout, []).append(link)
         for layout, links in worlds.items():
             if layout and _size_of(layout) == size == len(links):
                 return links
-        return sorted(free, key=lambda link: (bool(link.layout), link.rank))[:size]
+        free = sorted(free, key=lambda link: (bool(link.layout), link.rank))
+        places = {link.rank % size: link for link in reversed(free)}
+        return list(places.values()) if len(places) == size else []
 
     def _start(self, index: int, job: Job, links: list[Link]) -> Watch:
         self._jobs += 1
-        links = sorted(links, key=lambda link: link.rank)
+        links = sorted(links, key=lambda link: link.rank % job.size)
         layouts = {link.layout for link in links}
         layout = layouts.pop()
         if layouts or not layout or _size_of(layout) != job.size:
@@ -166,6 +179,7 @@ class RankPool:
         payload = _packed_payload(job)
         path = tuple(entry for entry in sys.path if isinstance(entry, str))
         rendezvous, directory = self._fleet.rendezvous(layout), os.getcwd()
+        environment = environment_changes(self._environment)
         for rank, link in enumerate(links):
             link.layout = layout
             link.mark_stack()
@@ -180,6 +194,7 @@ class RankPool:
                     rendezvous=rendezvous,
                     path=path,
                     directory=directory,
+                    environment=environment,
                 )
             )
         return Watch(number=self._jobs, index=index, job=job, links=links, now=time.monotonic())
@@ -309,7 +324,7 @@ def rank_environment(*, local: bool = True) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")
     }
-    kept |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    kept |= dict.fromkeys(THREAD_COUNTS, "1")
     kept["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for GPUs must not start CUDA before a fork
     kept.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")

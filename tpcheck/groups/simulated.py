@@ -36,6 +36,7 @@ from tpcheck.groups.simulated_failures import (
     raised_failure,
     schedule_failure,
 )
+from tpcheck.groups.surroundings import restored_environment
 from tpcheck.groups.thread_state import Neutral, ThreadState, neutral
 from tpcheck.groups.weights import MemoryStore, WeightSource, WeightStore
 from tpcheck.numerics.probed_reduction import ProbedReduction
@@ -135,7 +136,7 @@ class _Session:
         self.alarm = Alarm(job.timeout_s)
 
     def run(self) -> JobResult:
-        with self.alarm, neutral() as thread:
+        with restored_environment(), self.alarm, neutral() as thread:
             self.ranks = [_Rank(r, thread.start, self._body) for r in range(self.job.size)]
             for rank in self.ranks:
                 rank.greenlet = greenlet(rank.body, parent=self.hub)

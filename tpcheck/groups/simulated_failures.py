@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 from tpcheck.errors import ScheduleError
+from tpcheck.groups.jobs import in_seconds, text_of
 from tpcheck.trace import Collective, RankFailure
 
 _REPEAT_S = 1.0
@@ -97,7 +98,7 @@ def raised_failure(rank: int, error: BaseException, standings: Sequence[Standing
     while link is not None and link.__traceback__ is not None:
         link.__traceback__ = None
         link = link.__cause__ or link.__context__
-    summary = str(error).strip().partition("\n")[0]
+    summary = text_of(error).strip().partition("\n")[0]
     return RankFailure(
         kind="raised",
         message=f"rank {rank} raised {kind}: {summary}"
@@ -119,7 +120,7 @@ def hung_failure(standings: Sequence[Standing], alarm: Alarm, timeout_s: float) 
     stacks = {s.rank: _stack(s.frame) for s in waiting}
     return RankFailure(
         kind="hung",
-        message=f"rank {alarm.hung} did not return within {timeout_s:g} s{others}",
+        message=f"rank {alarm.hung} did not return within {in_seconds(timeout_s)}{others}",
         rank=alarm.hung,
         in_flight=_in_flight(standings),
         stacks={**stacks, alarm.hung: alarm.stack},

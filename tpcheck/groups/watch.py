@@ -18,7 +18,7 @@ from tpcheck.errors import ScheduleError
 from tpcheck.groups import wire
 from tpcheck.groups.fleet import Link
 from tpcheck.groups.flight import Flight, innermost_frame, rank_list
-from tpcheck.groups.jobs import Job, JobResult
+from tpcheck.groups.jobs import Job, JobResult, in_seconds
 from tpcheck.trace import RankFailure
 
 STABLE_S = 1.0
@@ -144,7 +144,7 @@ class Watch:
         suspects = [rank for rank in pending if not self._flight(rank).waits] or pending
         verb = "did not return" if self.replies or len(suspects) < self.job.size else "returned"
         who = rank_list(suspects) if verb == "did not return" else "no rank"
-        message = f"{who} {verb} within {self.job.timeout_s:g} s: {self._waiting_text()}"
+        message = f"{who} {verb} within {in_seconds(self.job.timeout_s)}: {self._waiting_text()}"
         rank = suspects[0] if len(suspects) == 1 else None
         return self._failure("hung", message, rank)
 

@@ -14,7 +14,7 @@ import pickle
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -36,6 +36,7 @@ class Order:
     """What a rank is to do: one job, on the world named by `layout`.
 
     `rendezvous` is ("file", path) or ("tcp", host, port, prefix). `payload` is a packed value.
+    `environment`: what the parent changed in its own since the ranks', None for what it removed.
     """
 
     job: int
@@ -47,6 +48,7 @@ class Order:
     rendezvous: tuple[Any, ...]
     path: tuple[str, ...]
     directory: str
+    environment: Mapping[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)

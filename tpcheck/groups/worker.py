@@ -27,6 +27,8 @@ import torch.distributed as dist
 from tpcheck.groups import wire
 from tpcheck.groups.distributed import DistributedWorld
 from tpcheck.groups.flight import FlightSlot, write_stacks_to
+from tpcheck.groups.jobs import text_of
+from tpcheck.groups.surroundings import change_environment, restored_environment
 from tpcheck.groups.weights import FileStore
 
 _NEVER = timedelta(days=1)
@@ -85,7 +87,7 @@ class _Rank:
         except Exception as error:
             return _failure(order, "environment", error)
         try:
-            with _restored_process():
+            with _restored_process(), restored_environment():
                 _adopt_surroundings(order)
                 value = _resolve(order.function)(world, wire.unpack(order.payload))
                 packed = _pack_result(order, value)
@@ -169,6 +171,7 @@ def _adopt_surroundings(order: wire.Order) -> None:
     importlib.invalidate_caches()
     with contextlib.suppress(OSError):
         os.chdir(order.directory)
+    change_environment(order.environment)
 
 
 def _resolve(function: str) -> Any:
@@ -189,7 +192,6 @@ def _restored_process() -> Iterator[None]:
     )
     deterministic = torch.are_deterministic_algorithms_enabled()
     precision = torch.get_float32_matmul_precision()
-    environment = dict(os.environ)
     try:
         yield
     finally:
@@ -201,9 +203,6 @@ def _restored_process() -> Iterator[None]:
             # Guarded, because the first call imports torch._inductor: 1.5 s.
             torch.use_deterministic_algorithms(deterministic)
         torch.set_float32_matmul_precision(precision)
-        if dict(os.environ) != environment:
-            os.environ.clear()
-            os.environ.update(environment)
 
 
 def _pack_result(order: wire.Order, value: object) -> bytearray:
@@ -224,7 +223,7 @@ def _failure(order: wire.Order, kind: str, error: BaseException) -> wire.Reply:
         order.job,
         kind,
         exception_type=type(error).__name__,
-        message=str(error),
+        message=text_of(error),
         exception=_pickled(error),
         traceback=text,
     )

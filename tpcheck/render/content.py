@@ -150,7 +150,8 @@ def worst_first(verdicts: Sequence[Verdict]) -> list[Verdict]:
 
 def footnotes(report: Report) -> list[tuple[str, str]]:
     """Return what a reader needs to weigh the verdicts, as (name, text) pairs."""
-    notes = [("skipped", text) for text in _skipped(report.verdicts)]
+    notes = [("remark", text) for text in _remarks(report.verdicts)]
+    notes += [("skipped", text) for text in _skipped(report.verdicts)]
     calls = ", ".join(f"{count} {op}" for op, count in report.path.collectives.items())
     carried = " · ".join(filter(None, [report.path.backend, calls]))
     if carried:
@@ -299,6 +300,13 @@ def _next(verdict: Verdict, failed: dict[str, Check]) -> str:
         "ILLEGAL": f"leave {verdict.tp_size} out of --tp, or change the model's sizes",
         "INCONCLUSIVE": "read why the checks were skipped; without one of them nothing is proven",
     }[verdict.outcome]
+
+
+def _remarks(verdicts: Iterable[Verdict]) -> list[str]:
+    """Return what stands beside a PASS: those that are none say it among their reasons."""
+    passing = [verdict for verdict in verdicts if verdict.outcome == PASS]
+    counts = Counter(reason.partition("\n")[0] for verdict in passing for reason in verdict.reasons)
+    return [f"{text} (in {count})" for text, count in counts.items()]
 
 
 def _skipped(verdicts: Iterable[Verdict]) -> list[str]:
