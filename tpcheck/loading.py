@@ -18,7 +18,7 @@ import sys
 import traceback
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from tpcheck.errors import SubjectError, TPCheckError
@@ -38,6 +38,14 @@ _installed: set[str] = set()
 """Modules that no user edits: not looked at again."""
 
 _INSTALLED = tuple(f"{prefix}{os.sep}" for prefix in {sys.prefix, sys.base_prefix})
+
+
+class _AsItStands(SourceFileLoader):
+    """Compiles the file itself: cached bytecode is trusted to the second, an edit may be faster."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        path = self.get_filename(fullname)
+        return self.source_to_code(self.get_data(path), path)
 
 
 def file_module_name(path: str) -> str:
@@ -81,9 +89,8 @@ def load_file(path: str) -> ModuleType:
     name = file_module_name(path)
     if name in sys.modules:
         return sys.modules[name]
-    loader = SourceFileLoader(name, path)
-    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    if spec is None:
+    spec = importlib.util.spec_from_file_location(name, path, loader=_AsItStands(name, path))
+    if spec is None or spec.loader is None:
         raise SubjectError(f"subject file {path} cannot be loaded as Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -92,8 +99,7 @@ def load_file(path: str) -> ModuleType:
         sys.path.insert(0, folder)
     try:
         _stamp(name, path)
-        # cached bytecode is trusted to the second, and an edit may be faster
-        exec(loader.source_to_code(loader.get_data(path), path), module.__dict__)
+        spec.loader.exec_module(module)
     except BaseException as error:
         sys.modules.pop(name, None)
         if isinstance(error, TPCheckError) or not isinstance(error, (Exception, SystemExit)):

@@ -40,6 +40,7 @@ def test_a_killed_recorder_leaves_a_folder_that_verifies_or_names_what_is_missin
 def test_a_full_disk_is_one_error_and_no_half_file(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys\nfrom tpcheck.cli import main\n"
+        "sys.dont_write_bytecode = True\n"  # half of a .pyc would stay there for everybody
         "resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))\n"
         f"sys.argv = ['tpcheck', *{[*RECORD[2:], str(tmp_path), *OPTIONS]!r}]\nmain()\n"
     )

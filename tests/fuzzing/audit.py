@@ -8,7 +8,7 @@ reader may swallow: all that was seen is in the list that the context yields.
 
 What is let through: code of modules that are installed (a reader that imports late), and what the
 pool of ranks unpickles from its own private pipe (tpcheck/groups, and subjects.py, which ships
-closures to it).
+closures to it), and the subject's own code (loading.py): running that is what a user asks for.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PLACES = tuple(
         *(str(ROOT / name) for name in ("tpcheck", "tests", "benchmarks")),
     }
 )
-_PIPE = (str(ROOT / "tpcheck" / "groups"), str(ROOT / "tpcheck" / "subjects.py"))
+_PIPE = tuple(str(ROOT / "tpcheck" / name) for name in ("groups", "subjects.py", "loading.py"))
 _OWN = tuple(str(ROOT / name) for name in ("tpcheck", "tests", "benchmarks"))
 _RUNNERS = ("/_pytest/", "/pluggy/", "/hypothesis/", "/typer/")
 """The first three compile what they show of a failed test, typer the annotations of commands."""

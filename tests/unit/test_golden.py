@@ -298,6 +298,7 @@ def test_a_full_disk_leaves_no_half_record(tmp_path: Path) -> None:
         "from tpcheck.errors import TPCheckError\n"
         "golden, data = made()\n"
         "limit = int(sys.argv[2])\n"
+        "sys.dont_write_bytecode = True\n"  # half of a .pyc would stay there for everybody
         "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
         "try:\n    kept_in(Path(sys.argv[1]), golden, data)\n"
         "except TPCheckError as error:\n    print(error)\n"
