@@ -123,7 +123,8 @@ def main() -> None:
 def _write(options, outcomes, where, ratios, structural, alarms, minutes, bounds, facts) -> None:
     lower, upper = bounds(len(alarms), outcomes.total())
     result = {
-        "command": f"python benchmarks/clean_cases.py --cases {options.cases} --seed {options.seed}",
+        "command": "python benchmarks/clean_cases.py"
+        f" --cases {options.cases} --seed {options.seed}",
         "cases": outcomes.total(),
         "outcomes": dict(outcomes),
         "false_alarms": alarms,
