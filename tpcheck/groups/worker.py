@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import io
 import os
 import pickle
 import socket
@@ -57,6 +58,8 @@ def stack_path(scratch: str | Path, rank: int) -> Path:
 def serve(sock: socket.socket, settings: RankSettings) -> None:
     """Work on orders until the parent closes the socket."""
     torch.set_num_threads(1)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a rank may be killed with its last words unsaid
+        sys.stdout.reconfigure(line_buffering=True)
     write_stacks_to(stack_path(settings.scratch, settings.rank))
     rank = _Rank(settings)
     while True:
