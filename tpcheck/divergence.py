@@ -17,7 +17,7 @@ from tpcheck.localization import locate
 from tpcheck.numerics.drift import ratio_limit
 from tpcheck.numerics.tolerance import structural_limit
 from tpcheck.numerics.ulp import eps
-from tpcheck.reconciliation import relative
+from tpcheck.reconciliation import relative_rms
 from tpcheck.records import FAIL, Check, FirstDivergence
 from tpcheck.trace import Trace
 
@@ -59,7 +59,7 @@ def _input_to_trace(evidence: Evidence, checks: Mapping[str, Check]) -> str:
         return worst
     got, want = evidence.exact[0].outputs.get("A"), evidence.oracle.outputs.get("A")
     limit = structural_limit(evidence.floor.relative_rms)
-    return worst if want is None or relative(got, want) <= limit else "A"
+    return worst if want is None or relative_rms(got, want) <= limit else "A"
 
 
 def _in_float64(task: Task, run: Run, evidence: Evidence, input_id: str) -> FirstDivergence | None:

@@ -18,7 +18,7 @@ from tpcheck.comparison import as_float64, compare, describe_region, mask_differ
 from tpcheck.numerics.regression import most_scaled_rank
 from tpcheck.observation.modules import PointRecord
 from tpcheck.placement import Partial, Placement, Replicate, Slices
-from tpcheck.reconciliation import infer, reconciled, relative, rms, widened
+from tpcheck.reconciliation import infer, reconciled, relative_rms, rms, widened
 from tpcheck.records import FirstDivergence
 from tpcheck.trace import Trace
 
@@ -50,7 +50,7 @@ def locate(
             continue
         allowed = limit
         if base is not None and fqn in _points(base):
-            allowed = max(limit, ratio_limit * relative(_points(base)[fqn].output, want))
+            allowed = max(limit, ratio_limit * relative_rms(_points(base)[fqn].output, want))
         if all(fqn in _points(trace) for trace in traces):
             found = _judge_point(fqn, points[fqn], traces, allowed, exact=base is None)
         else:
@@ -77,7 +77,7 @@ def _judge_point(
     if placements is None:
         return None
     rank, got = reconciled(outputs, placements, want, allowed)
-    if got is None or relative(got, want) <= allowed:
+    if got is None or relative_rms(got, want) <= allowed:
         return None
     if got.shape != want.shape:
         detail = f"shape={list(got.shape)}, but should be {list(want.shape)} as at TP=1"
@@ -114,7 +114,10 @@ def _judge_holders(
         own = _points(trace).get(fqn)
         if own is None or own.input is None or own.output is None or own.output.shape != want.shape:
             continue
-        if relative(own.input, reference.input) > allowed or relative(own.output, want) <= allowed:
+        if (
+            relative_rms(own.input, reference.input) > allowed
+            or relative_rms(own.output, want) <= allowed
+        ):
             continue
         worst = compare(own.output, want, dtype=own.output.dtype)
         return FirstDivergence(
@@ -155,7 +158,7 @@ def _blame_for_input(
     rank, got = reconciled(inputs, placements, want, allowed)
     if got is None:
         return None, ""
-    if relative(got, want) <= allowed:
+    if relative_rms(got, want) <= allowed:
         partial = isinstance(placements[0], Partial)
         return None, "its input is partial sums, not reduced over ranks" if partial else ""
     where = "" if rank is None else f" on rank {rank}"
@@ -171,7 +174,7 @@ def _attribution(
     outputs = [record.output for record in records if record.output is not None]
     if isinstance(placement, Replicate) and all(out.shape == want.shape for out in outputs):
         total = torch.stack([widened(out) for out in outputs]).sum(0)
-        if relative(total, want) <= allowed:
+        if relative_rms(total, want) <= allowed:
             return None, "the ranks' outputs are partial sums: a reduction is missing"
     if any(len(record.partials) != 1 for record in records):
         return None, ""
@@ -182,7 +185,7 @@ def _attribution(
     result = as_float64(records[0].partials[0][2]).flatten()
     if operands.shape[0] != result.numel():
         return None, ""
-    if relative(operands.sum(1), result) > 1e-5:
+    if relative_rms(operands.sum(1), result) > 1e-5:
         weights = _solve(operands, result)
         if weights is None:
             return None, "the reduction did not return the sum of the partials"
@@ -239,7 +242,7 @@ def _same_for_every_token(records: Sequence[PointRecord], want: torch.Tensor) ->
     if output is None or output.shape != want.shape or want[..., 0].numel() < 2:
         return False
     error = (widened(output) - widened(want)).flatten(0, -2)
-    return relative(error, error[:1].expand_as(error)) < 1e-6
+    return relative_rms(error, error[:1].expand_as(error)) < 1e-6
 
 
 def _solve(operands: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from tpcheck.comparison import as_float64
+from tpcheck.comparison import as_float64, pooled_rms, relative
 from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
 
 _MOST_PARTS = 8
@@ -43,9 +43,9 @@ def infer(
     """
     size = len(outputs)
     if all(output.shape == want.shape for output in outputs):
-        right = [relative(output, want) <= allowed for output in outputs]
+        right = [relative_rms(output, want) <= allowed for output in outputs]
         same = all(right) or all(torch.equal(output, outputs[0]) for output in outputs)
-        if not same and relative(_sum(outputs), want) <= allowed:
+        if not same and relative_rms(_sum(outputs), want) <= allowed:
             return [Partial()] * size
         if right == [True] + [False] * (size - 1) and size > 2 and 1 in want.shape:
             return None  # one token, perhaps, and pads on the other ranks
@@ -65,7 +65,7 @@ def infer(
         return _padded(outputs, want, cut[0])
     if len(dims) != 1:
         return None
-    if relative(torch.cat(list(outputs), dims[0]), want) > allowed:
+    if relative_rms(torch.cat(list(outputs), dims[0]), want) > allowed:
         fused = _fused(outputs, want, dims[0], allowed)
         if fused is not None:
             return fused
@@ -173,16 +173,16 @@ def reconciled(
     """Return (the rank to blame, if one can be told; the logical tensor as the ranks hold it)."""
     kind = placements[0]
     if isinstance(kind, Replicate):
-        off = [r for r, out in enumerate(outputs) if relative(out, want) > allowed]
+        off = [r for r, out in enumerate(outputs) if relative_rms(out, want) > allowed]
         only = off[0] if off and len(off) < len(outputs) else None
         return only, outputs[off[0] if off else 0]
     if isinstance(kind, Partial):
         if any(output.shape != want.shape for output in outputs):
             return None, None
         total = _sum(outputs)
-        if relative(total, want) <= allowed:
+        if relative_rms(total, want) <= allowed:
             return None, total
-        off = [r for r, out in enumerate(outputs) if relative(out, want) > allowed]
+        off = [r for r, out in enumerate(outputs) if relative_rms(out, want) > allowed]
         if 0 < len(off) < len(outputs):  # copies after all, and some are right
             return off[0], outputs[off[0]]
         return None, total
@@ -203,7 +203,7 @@ def reconciled(
     off = [
         rank
         for rank, pieces in enumerate(pairs)
-        if any(relative(got, ref) > allowed for got, ref in pieces)
+        if any(relative_rms(got, ref) > allowed for got, ref in pieces)
     ]
     return (off[0] if off and len(off) < len(outputs) else None), whole
 
@@ -232,13 +232,12 @@ def rms(x: torch.Tensor) -> float:
     return float(as_float64(x).square().mean().sqrt()) if x.numel() else 0.0
 
 
-def relative(got: torch.Tensor | None, want: torch.Tensor | None) -> float:
+def relative_rms(got: torch.Tensor | None, want: torch.Tensor | None) -> float:
     """Relative rms over finite elements; infinite when shapes or masks differ."""
     if got is None or want is None or got.shape != want.shape:
         return float("inf")
     a, b = as_float64(got), as_float64(want)
-    finite = a.isfinite() & b.isfinite()
-    if not bool((a.isfinite() == b.isfinite()).all()):
+    if bool((a.isfinite() != b.isfinite()).any()):
         return float("inf")
-    error, size = rms(torch.where(finite, a - b, 0.0)), rms(torch.where(finite, b, 0.0))
-    return 0.0 if error == 0 else error / size if size else float("inf")
+    error, magnitude, _ = pooled_rms([(a, b)])
+    return relative(error, magnitude)

@@ -16,7 +16,7 @@ from tpcheck.investigation import Settings
 from tpcheck.provenance import WatchedModel, watch_model
 from tpcheck.shard_plan import legal_tp_sizes
 from tpcheck.spec import Case
-from tpcheck.subjects import Subject, SubjectRef
+from tpcheck.subjects import Subject, SubjectRef, assert_takes_the_group
 
 DEFAULT_TP_SIZES = (2, 4, 8)
 DEFAULT_BATCH = 2
@@ -74,6 +74,7 @@ def make_run_plan(
         if value is not None:
             _require_whole(name, value, at_least=1)
     _require_whole("seed", seed, at_least=0)
+    assert_takes_the_group(subject)
     longest = subject.options.seq_len
     one = None if case is None else Case.parse(case)
     asked_len = seq_len if one is None else one.seq_len

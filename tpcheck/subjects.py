@@ -200,14 +200,18 @@ def resolve(ref: SubjectRef) -> Subject:
             f"{ref.label}: not a subject, but should be decorated with"
             " @tpcheck.subject(vocab_size=..., seq_len=...) or @tpcheck.subject(inputs=...)"
         )
-    _assert_takes_the_group(build, ref.label, takes_spec=options.specs is not None)
     return Subject(ref.label, build, options)
 
 
-def _assert_takes_the_group(build: Callable[..., Any], label: str, *, takes_spec: bool) -> None:
-    """Refuse a build that cannot be called as every rank will call it."""
+def assert_takes_the_group(subject: Subject) -> None:
+    """Refuse a build that cannot be called as every rank will call it.
+
+    Raises:
+        SubjectError: it takes something else than the group, and a spec if specs= is declared.
+    """
+    takes_spec = subject.options.specs is not None
     try:
-        signature = inspect.signature(build)
+        signature = inspect.signature(subject.build)
     except (TypeError, ValueError):
         return  # it is written in C and does not say
     called_with = ("one argument, the TPGroup", "two arguments, the TPGroup and a spec of specs=")
@@ -218,7 +222,7 @@ def _assert_takes_the_group(build: Callable[..., Any], label: str, *, takes_spec
         taken = inspect.Signature(names)
         hint = "; a spec comes second where specs= is declared" if "spec" in str(taken) else ""
         raise SubjectError(
-            f"{label}: takes {taken}, but should take {called_with[takes_spec]}"
+            f"{subject.name}: takes {taken}, but should take {called_with[takes_spec]}"
             f"{'' if takes_spec else hint}"
         ) from None
 

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 import tpcheck
 from tpcheck.errors import IllegalDegreeError, PlanError, SubjectError
 from tpcheck.spec import ModelSpec
-from tpcheck.subjects import DEFAULT_SEQ_LEN, SubjectRef, make_ref, resolve, subject, with_spec
+from tpcheck.subjects import (
+    DEFAULT_SEQ_LEN,
+    SubjectRef,
+    assert_takes_the_group,
+    make_ref,
+    resolve,
+    subject,
+    with_spec,
+)
 
 torch.set_num_threads(1)
 SPEC = {
@@ -260,7 +268,7 @@ def test_a_module_that_fails_to_import_says_what_it_was(tmp_path, monkeypatch):
 )
 def test_a_build_that_takes_something_else_is_told_what_it_is_called_with(options, build, message):
     ref = make_ref(subject(**options)(build))
-    assert error_of(resolve, ref) == f"{ref.label}: {message}"
+    assert error_of(assert_takes_the_group, resolve(ref)) == f"{ref.label}: {message}"
 
 
 def test_more_parameters_are_fine_where_they_have_defaults():
@@ -270,7 +278,9 @@ def test_more_parameters_are_fine_where_they_have_defaults():
             return len
 
     for build in (lambda tp, n=2: len, lambda *args, **kwargs: len, Model().build):
-        assert resolve(make_ref(subject(vocab_size=8)(build))).build(None) is len
+        found = resolve(make_ref(subject(vocab_size=8)(build)))
+        assert_takes_the_group(found)
+        assert found.build(None) is len
 
 
 # Callables.

@@ -258,3 +258,19 @@ def kv_multiple(rule_id: str, source: str, text: str = "", when: When = None) ->
         return has_kv_heads(facts) and (when is None or when(facts))
 
     return Rule(rule_id, source, find, ("num_key_value_heads",), "qkv_proj", when=about)
+
+
+def enough_experts(rule_id: str, source: str, model_types: frozenset[str]) -> Rule:
+    """Return the rule of the model types whose file refuses more ranks than experts."""
+
+    def check(facts: Facts, tp_size: int) -> Finding | None:
+        experts = facts.num_experts
+        if experts is None or tp_size <= experts or facts.ep_size > 1:
+            return None
+        text = f"Tensor parallel size {tp_size} is greater than the number of experts {experts}."
+        return Finding("error", text, text)
+
+    def applies(facts: Facts) -> bool:
+        return facts.model_type is None or facts.model_type in model_types
+
+    return Rule(rule_id, source, check, ("num_experts",), "experts", when=applies)

@@ -6,7 +6,7 @@ of the wheel.
 
 from __future__ import annotations
 
-from tpcheck.engines.base import Finding, Rule, divisible
+from tpcheck.engines.base import Finding, Rule, divisible, enough_experts
 from tpcheck.engines.facts import Facts, round_up
 
 WHOLE_TOWERS = frozenset("qwen2_audio_encoder gemma3n_vision gemma3n_audio".split())
@@ -48,19 +48,6 @@ _COUNTS_EXPERTS = frozenset(
 """Model types whose file refuses more ranks than experts; no other file does."""
 
 
-def _too_few_experts(facts: Facts, tp_size: int) -> Finding | None:
-    if facts.num_experts is None or tp_size <= facts.num_experts or facts.ep_size > 1:
-        return None
-    text = (
-        f"Tensor parallel size {tp_size} is greater than the number of experts {facts.num_experts}."
-    )
-    return Finding("error", text, text)
-
-
-def _counts_experts(facts: Facts) -> bool:
-    return facts.model_type is None or facts.model_type in _COUNTS_EXPERTS
-
-
 TOWERS = (
     divisible(
         "sglang.vision_heads",
@@ -80,11 +67,8 @@ TOWERS = (
         refuses=False,
     ),
 )
-EXPERTS = Rule(
+EXPERTS = enough_experts(
     "sglang.moe_experts",
     "sglang/srt/models/qwen3_moe.py:248; deepseek_v2.py:716; glm4_moe.py:424",
-    _too_few_experts,
-    ("num_experts",),
-    "experts",
-    when=_counts_experts,
+    _COUNTS_EXPERTS,
 )

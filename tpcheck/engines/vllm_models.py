@@ -6,7 +6,7 @@ file has is not asked of another's. Read from the registry and the model files o
 
 from __future__ import annotations
 
-from tpcheck.engines.base import Finding, Rule, divisible
+from tpcheck.engines.base import Finding, Rule, divisible, enough_experts
 from tpcheck.engines.facts import Facts
 
 _REGISTRY = "vllm/model_executor/models/registry.py:841-895,1225-1252"
@@ -114,19 +114,6 @@ def _divides_kv(facts: Facts) -> bool:
     return facts.model_type in _NO_ASSERT
 
 
-def _too_few_experts(facts: Facts, tp_size: int) -> Finding | None:
-    if facts.num_experts is None or tp_size <= facts.num_experts or facts.ep_size > 1:
-        return None
-    text = (
-        f"Tensor parallel size {tp_size} is greater than the number of experts {facts.num_experts}."
-    )
-    return Finding("error", text, text)
-
-
-def _counts_experts(facts: Facts) -> bool:
-    return facts.model_type is None or facts.model_type in _COUNTS_EXPERTS
-
-
 ARCHITECTURE = Rule("vllm.architecture", _REGISTRY, _architecture, area="model", role="text")
 TOWERS = (
     divisible(
@@ -155,11 +142,8 @@ KV_DIVIDE = Rule(
     "qkv_proj",
     when=_divides_kv,
 )
-EXPERTS = Rule(
+EXPERTS = enough_experts(
     "vllm.moe_experts",
     "vllm/model_executor/models/qwen3_moe.py:154-159; qwen2_moe.py:136; minimax_m2.py:80",
-    _too_few_experts,
-    ("num_experts",),
-    "experts",
-    when=_counts_experts,
+    _COUNTS_EXPERTS,
 )
