@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck import environment
+from tpcheck.golden.command import golden_record, golden_verify
 from tpcheck.golden.listing import listing
 from tpcheck.golden.store import scan
-from tpcheck.golden_command import golden_record, golden_verify
 
 SUBJECT = "builtin:llama-tiny"
 CASES = 3

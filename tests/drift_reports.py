@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from tpcheck.drift_summary import summary
+from tpcheck.drift_profiles.summary import summary
 from tpcheck.records import Check, Path, Report, Verdict
 
 Json = dict[str, Any]

@@ -14,8 +14,8 @@ import pytest
 import typer
 
 from tpcheck.cli import app
-from tpcheck.cli_options import parse_tp_sizes
-from tpcheck.cli_output import Outputs
+from tpcheck.cli_commands.options import parse_tp_sizes
+from tpcheck.cli_commands.output import Outputs
 from tpcheck.errors import TPCheckError
 
 RUN = {

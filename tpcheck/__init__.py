@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tpcheck.captures.comparing import diff
     from tpcheck.deployment_gate.gating import gate
     from tpcheck.deployment_gate.requiring import require
-    from tpcheck.drift_command import drift
+    from tpcheck.drift_profiles.command import drift
     from tpcheck.errors import (
         BackendError,
         CheckFailed,
@@ -61,7 +61,7 @@ _HOMES = {
     "TPGroup": "groups.base",
     "Verdict": "records",
     "diff": "captures.comparing",
-    "drift": "drift_command",
+    "drift": "drift_profiles.command",
     "gate": "deployment_gate.gating",
     "plan": "planning",
     "require": "deployment_gate.requiring",

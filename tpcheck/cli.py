@@ -17,11 +17,11 @@ from typing import Annotated, Any
 
 import typer
 
-from tpcheck import cli_options as options
-from tpcheck.cli_diff import add_diff
-from tpcheck.cli_gate import gate
-from tpcheck.cli_golden import golden_app
-from tpcheck.cli_output import Outputs, print_error, print_result
+from tpcheck.cli_commands import options as options
+from tpcheck.cli_commands.diff import add_diff
+from tpcheck.cli_commands.gate import gate
+from tpcheck.cli_commands.golden import golden_app
+from tpcheck.cli_commands.output import Outputs, print_error, print_result
 from tpcheck.environment import tpcheck_version
 from tpcheck.errors import TPCheckError
 from tpcheck.progress import Progress, progress_bar
@@ -168,7 +168,7 @@ def drift(
     tp_sizes = options.parse_tp_sizes(tp)
     outputs = Outputs(json_path, html, junit, markdown, plots=True)
     with _running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
-        from tpcheck import drift_command
+        from tpcheck.drift_profiles import command as drift_command
 
         report = drift_command.drift(
             subject,
@@ -247,7 +247,8 @@ def probe(
     tp_sizes, counts = options.parse_tp_sizes(tp), options.parse_message_sizes(sizes)
     outputs = Outputs(json_path)
     with _running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
-        from tpcheck import probe_command, probe_sweep
+        from tpcheck.probes import command as probe_command
+        from tpcheck.probes import sweep as probe_sweep
 
         dtypes = tuple(one.value for one in dtype)
         degrees = tp_sizes or probe_sweep.DEFAULT_TP_SIZES

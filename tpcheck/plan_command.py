@@ -17,7 +17,7 @@ from tpcheck.engines.parts import read_parts
 from tpcheck.engines.registry import engine_named
 from tpcheck.errors import PlanError, TPCheckError
 from tpcheck.files import read_json
-from tpcheck.hf_config import read_config
+from tpcheck.hf.config import read_config
 from tpcheck.json_reader import parse_json
 from tpcheck.plan_memory import Request, rank_memory
 from tpcheck.planning import PlanResult, plan

@@ -124,7 +124,7 @@ def _fields(config: Mapping[str, Any] | ModelSpec | str | os.PathLike[str]) -> M
 def _read(path: Path) -> Mapping[str, Any]:
     # a scheduler hands over fields and should not wait for what only files need
     from tpcheck.files import read_json
-    from tpcheck.hf_config import read_config
+    from tpcheck.hf.config import read_config
 
     if path.is_dir():
         return read_config(path)

@@ -2,9 +2,10 @@
 
 Requirement: installed and not asked for, it changes nothing: no torch is loaded, no rank starts, no
 line is printed. A bad option, a report that cannot be written and too few GPUs are one error before
-the first test. What runs subjects is in pytest_session and pytest_check, imported when a fixture is
-first used; what is shown at the end in pytest_summary. The verdicts of a test travel with its
-reports, because that is the way on which xdist already carries what every worker has to say.
+the first test. What runs subjects is in plugin/session.py and plugin/check.py, imported when a
+fixture is first used; what is shown at the end in plugin/summary.py. The verdicts of a test travel
+with its reports, because that is the way on which xdist already carries what every worker has to
+say.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tpcheck.errors import BackendError, TPCheckError
-from tpcheck.pytest_options import (
+from tpcheck.plugin.options import (
     DEFAULT_DEGREES,
     PluginOptions,
     add_options,
@@ -27,13 +28,13 @@ from tpcheck.pytest_options import (
     read_options,
     under_torchrun,
 )
-from tpcheck.pytest_summary import RECORDS, Summary
+from tpcheck.plugin.summary import RECORDS, Summary
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
-    from tpcheck.pytest_check import TPCheck
-    from tpcheck.pytest_session import TPPool
+    from tpcheck.plugin.check import TPCheck
+    from tpcheck.plugin.session import TPPool
 
 MARKER = "tp(min_size=1): needs a world of at least min_size tensor-parallel ranks (--tp)"
 
@@ -168,7 +169,7 @@ def tp_check(pytestconfig: pytest.Config, tp_pool: TPPool) -> TPCheck:
     """
     state = pytestconfig.stash[_KEY]
     if state.check is None:
-        from tpcheck.pytest_check import TPCheck
+        from tpcheck.plugin.check import TPCheck
 
         state.check = TPCheck(tp_pool, state.records)
     return state.check
@@ -181,7 +182,7 @@ def tp_check(pytestconfig: pytest.Config, tp_pool: TPPool) -> TPCheck:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let a property print how to repeat its failure before it starts."""
     if "tp_check" in getattr(item, "fixturenames", ()) and "hypothesis" in sys.modules:
-        from tpcheck.pytest_session import print_how_to_repeat
+        from tpcheck.plugin.session import print_how_to_repeat
 
         print_how_to_repeat(item)
 
@@ -230,7 +231,7 @@ def _pool(state: _State, config: pytest.Config) -> TPPool:
                     " not serve it: torchrun ... -m pytest --tp N"
                 )
             state.options = options = placed(config, options)
-        from tpcheck.pytest_session import TPPool
+        from tpcheck.plugin.session import TPPool
 
         state.pool = TPPool(options)
     return state.pool

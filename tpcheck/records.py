@@ -135,11 +135,11 @@ class Path:
 class Report:
     """Every verdict of a run with the environment that produced it. `outcome` is the worst one.
 
-    `drift` is what a drift report's profiles come to: drift_summary.py has its keys. What exactly
-    was run stands in `model` (directory and digests; None without a directory), `engine` (name,
-    version, arguments), `tested` (the lengths per degree, dtype and batch) and `reduction` (kind,
-    and whether it was emulated or is assumed); provenance.py makes them, and older reports lack
-    them. `created` is when it was made: UTC, ISO 8601; empty where it is not known.
+    `drift` is what a drift report's profiles come to: drift_profiles/summary.py has its keys. What
+    exactly was run stands in `model` (directory and digests; None without a directory), `engine`
+    (name, version, arguments), `tested` (the lengths per degree, dtype and batch) and `reduction`
+    (kind, and whether it was emulated or is assumed); provenance.py makes them, and older reports
+    lack them. `created` is when it was made: UTC, ISO 8601; empty where it is not known.
     """
 
     subject: str

@@ -23,7 +23,7 @@ from tpcheck.errors import TPCheckError
 
 
 def configs(folder: Path) -> Iterator[Reader]:
-    from tpcheck.hf_config import read_config, spec_from_config
+    from tpcheck.hf.config import read_config, spec_from_config
     from tpcheck.plan_command import plan_records
 
     vision = {"hidden_size": 32, "num_heads": 4, "depth": 2, "intermediate_size": 64}
@@ -65,10 +65,10 @@ def configs(folder: Path) -> Iterator[Reader]:
 
 
 def probes(folder: Path) -> Iterator[Reader]:
-    from tpcheck.probe_command import differences, read_other
-    from tpcheck.probe_json import read_probe
-    from tpcheck.probe_json import to_json as probe_to_json
-    from tpcheck.probe_sweep import probe_reductions
+    from tpcheck.probes.command import differences, read_other
+    from tpcheck.probes.json_form import read_probe
+    from tpcheck.probes.json_form import to_json as probe_to_json
+    from tpcheck.probes.sweep import probe_reductions
 
     path = folder / "probe.json"
     report = probe_reductions((3,), backend="sim", sizes=(6, 35), dtypes=("bfloat16",))

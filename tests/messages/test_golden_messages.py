@@ -15,11 +15,11 @@ from tests.golden_records import WEIGHTS, kept_in, logits, made
 from tests.judging import evidence
 from tpcheck import environment
 from tpcheck.errors import TPCheckError
+from tpcheck.golden.finding import find_record
+from tpcheck.golden.judging import bits, checks_against
 from tpcheck.golden.listing import listing
 from tpcheck.golden.store import prepare, read_data, read_manifest, scan
 from tpcheck.golden.tensors import unpack
-from tpcheck.golden_finding import find_record
-from tpcheck.golden_judging import bits, checks_against
 from tpcheck.render.golden import render_listing, render_recording
 
 NAME = "m-py-build.s0-b2-t3.bfloat16.181dd614729e"

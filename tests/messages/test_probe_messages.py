@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tpcheck.numerics.order import Chunk
-from tpcheck.probe_command import probe_record
-from tpcheck.probe_sweep import MessageProbe, ProbeReport, SwitchPoint
+from tpcheck.probes.command import probe_record
+from tpcheck.probes.sweep import MessageProbe, ProbeReport, SwitchPoint
 from tpcheck.render.probe import format_order, render_probe, tree_lines
 
 ENVIRONMENT = {"tpcheck": "0.1.0", "backend": "gloo", "torch": "2.13.0", "variables": {}}

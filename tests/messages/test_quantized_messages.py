@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.groups import single_group
 from tpcheck.cli import main
 from tpcheck.errors import SubjectError
-from tpcheck.hf_config import spec_from_config
+from tpcheck.hf.config import spec_from_config
 from tpcheck.reference.checkpoint import load_decoder
 from tpcheck.reference.layout import logical_tensors
 from tpcheck.reference.quantizing import quantize

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.receipting import NOW, Deployment, make_here, make_receipt_of, make_report
-from tpcheck.cli_receipts import assert_one_thing
+from tpcheck.cli_commands.receipts import assert_one_thing
 from tpcheck.deployment_gate.receipts import parse_receipt, write_receipt
 from tpcheck.deployment_gate.requiring import Here, _require
 from tpcheck.deployment_gate.signing import new_key, sign

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 from plugin_runs import environment, run_pytest
 
-from tpcheck import pytest_options
-from tpcheck.pytest_options import PluginOptions, placed
+from tpcheck.plugin import options as pytest_options
+from tpcheck.plugin.options import PluginOptions, placed
 
 REFUSED = {
     "a word": (

@@ -83,7 +83,7 @@ def test_the_failure_is_the_whole_report_at_the_users_line(failure):
     for part in ("WRONG: not the same function", "1 verdict: 1 WRONG", "repro: tpcheck.run(build"):
         assert part in text
     assert "smallest failing degree: tp=2" in text
-    assert "pytest_check.py" not in text
+    assert "plugin/check.py" not in text
 
 
 def test_the_repro_script_of_a_failure_fails_with_torch_alone(failure, tmp_path):

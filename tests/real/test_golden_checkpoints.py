@@ -10,8 +10,8 @@ from safetensors.torch import load, save
 from tests.golden_records import kept_in, with_data
 from tests.models import make_model
 from tpcheck.errors import TPCheckError
+from tpcheck.golden.command import golden_record, golden_verify
 from tpcheck.golden.store import read_data, scan
-from tpcheck.golden_command import golden_record, golden_verify
 
 pytest.importorskip("transformers")
 

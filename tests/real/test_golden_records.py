@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tpcheck.golden.command import golden_verify
 from tpcheck.golden.listing import listing
-from tpcheck.golden_command import golden_verify
 
 FOLDER = Path(__file__).parents[2] / "golden"
 MAX_BYTES = 200_000

@@ -17,7 +17,7 @@ from tpcheck.groups.jobs import Job
 from tpcheck.groups.opening import open_ranks
 from tpcheck.groups.simulated import SimulatedRanks
 from tpcheck.numerics.rounding_probe import same_bits
-from tpcheck.probe_sweep import MessageProbe, ProbeReport, probe_reductions
+from tpcheck.probes.sweep import MessageProbe, ProbeReport, probe_reductions
 from tpcheck.subjects import make_ref
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
@@ -139,7 +139,7 @@ def test_a_collective_that_sums_nothing_is_an_error(collective: str, message: st
 
 def test_random_operands_differ_between_ranks() -> None:
     """A seed that torch cuts to 32 bits once gave every rank the same: no order shows in that."""
-    from tpcheck.probing import random_operand
+    from tpcheck.probes.probing import random_operand
 
     first, second = (random_operand(rank, 100, torch.float32) for rank in (0, 1))
     assert not same_bits(first, second).any()

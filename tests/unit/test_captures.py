@@ -23,7 +23,7 @@ from tpcheck.captures.measuring import blocks, measure, merged
 from tpcheck.captures.tensors import HeldTensor
 from tpcheck.captures.tolerances import Limit
 from tpcheck.comparison import compare
-from tpcheck.hf_config import spec_from_config
+from tpcheck.hf.config import spec_from_config
 from tpcheck.records import Report, Verdict
 from tpcheck.render.diff import render_diff
 from tpcheck.report import from_json, to_json

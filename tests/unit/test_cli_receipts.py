@@ -17,7 +17,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 
 from tests.receipting import MADE, make_model, make_report
-from tpcheck.cli_receipts import assert_apart, assert_one_thing
+from tpcheck.cli_commands.receipts import assert_apart, assert_one_thing
 from tpcheck.deployment_gate.receipts import read_receipt
 from tpcheck.errors import TPCheckError
 from tpcheck.machine import nccl_settings

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.judging import trace, values
-from tpcheck.drift_layers import (
+from tpcheck.drift_profiles.layers import (
     RowParallel,
     depth,
     observed_sums,
@@ -17,7 +17,7 @@ from tpcheck.drift_layers import (
     split_inputs,
     summed_elsewhere,
 )
-from tpcheck.drift_reductions import layers_json
+from tpcheck.drift_profiles.reductions import layers_json
 from tpcheck.numerics.reduction import reduce_sum
 from tpcheck.numerics.ulp import eps
 from tpcheck.observation.modules import PointRecord

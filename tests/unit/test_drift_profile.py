@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.judging import trace, values
-from tpcheck.drift_profile import Carried, DriftEvidence, profile
-from tpcheck.drift_scores import MAX_FLIPS
+from tpcheck.drift_profiles.profile import Carried, DriftEvidence, profile
+from tpcheck.drift_profiles.scores import MAX_FLIPS
 from tpcheck.numerics.drift import expected_ratio
 from tpcheck.numerics.ulp import eps, ulp
 from tpcheck.observation.wire import Seen

@@ -3,7 +3,7 @@
 import pytest
 
 import tpcheck
-from tpcheck.drift_remedies import parse_remedies
+from tpcheck.drift_profiles.remedies import parse_remedies
 from tpcheck.errors import SubjectError, TPCheckError
 from tpcheck.render.drift import render_drift
 from tpcheck.report import from_json, to_json

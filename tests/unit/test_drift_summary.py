@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tpcheck.drift_summary import summary
+from tpcheck.drift_profiles.summary import summary
 from tpcheck.numerics.named_orders import ORDERS
 from tpcheck.records import Path, Report, Verdict
 from tpcheck.render.drift import render_drift
@@ -190,7 +190,7 @@ def test_a_difference_that_no_digit_shows_recommends_nothing() -> None:
 
 
 def reduction_text(*findings: tuple[str, float], declared: str = "ring", **fields: Any) -> str:
-    """Return the sentence on findings as drift_reductions.py gives them."""
+    """Return the sentence on findings as drift_profiles/reductions.py gives them."""
     named = [
         {"hypotheses": names.split(" = "), "probability": share, "explains": True}
         for names, share in findings

@@ -28,7 +28,7 @@ from tests.fuzzing.readers import make_readers
 from tests.models import MODELS
 from tpcheck.cli import main
 from tpcheck.errors import PlanError
-from tpcheck.hf_config import spec_from_config
+from tpcheck.hf.config import spec_from_config
 
 NAMES = (
     *("report", "policy", "receipt", "receipt, signed again by its owner"),

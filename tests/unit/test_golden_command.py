@@ -15,10 +15,10 @@ import tpcheck
 from tests.golden_records import forged, kept_in, logits, made, put
 from tests.models import make_model
 from tpcheck.errors import SubjectError, TPCheckError
+from tpcheck.golden.command import golden_record, golden_verify
+from tpcheck.golden.keeping import keep
 from tpcheck.golden.listing import listing
 from tpcheck.golden.store import scan
-from tpcheck.golden_command import golden_record, golden_verify
-from tpcheck.golden_keeping import keep
 from tpcheck.records import Report
 from tpcheck.render.text import render_text
 from tpcheck.report import from_json, to_json

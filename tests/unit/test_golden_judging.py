@@ -11,9 +11,9 @@ import tpcheck
 from tests.golden_records import logits, made
 from tpcheck.checks import structural
 from tpcheck.evidence import Evidence
+from tpcheck.golden.command import golden_record, golden_verify
+from tpcheck.golden.judging import against
 from tpcheck.golden.tensors import unpack
-from tpcheck.golden_command import golden_record, golden_verify
-from tpcheck.golden_judging import against
 from tpcheck.trace import Trace
 
 SHORT: dict[str, tuple[int, int]] = {"where": (0, 0)}

@@ -22,7 +22,7 @@ from tpcheck.errors import SubjectError
 from tpcheck.faults import FAULTS, gpt_oss
 from tpcheck.groups.jobs import Job
 from tpcheck.groups.simulated import SimulatedRanks
-from tpcheck.hf_config import spec_from_config
+from tpcheck.hf.config import spec_from_config
 from tpcheck.records import FAIL
 from tpcheck.reference.checkpoint import load_decoder
 from tpcheck.reference.decoder import build_decoder

@@ -9,7 +9,7 @@ import pytest
 
 from tests.models import GPT_OSS_CONFIG
 from tpcheck.errors import PlanError
-from tpcheck.hf_config import spec_from_config
+from tpcheck.hf.config import spec_from_config
 from tpcheck.spec import Case, RopeScaling
 
 YARN = RopeScaling("yarn", 32.0, original_max_position_embeddings=16, truncate=False)

@@ -19,7 +19,7 @@ from tpcheck.header_check import header_findings, read_headers
 from tpcheck.header_check.dimensions import Block, Dim, Expected, constant
 from tpcheck.header_check.packing import is_left_out, storing
 from tpcheck.header_check.tiling import Cuts, cuts_at, tiling_problems
-from tpcheck.hf_config import read_config
+from tpcheck.hf.config import read_config
 from tpcheck.shard_plan import Span
 from tpcheck.spec import ModelSpec
 

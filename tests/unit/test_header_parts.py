@@ -12,7 +12,7 @@ import pytest
 from tests.unit.test_header_check import Tensors, change, findings
 from tpcheck.header_check.dimensions import Block, Dim, Expected, constant
 from tpcheck.header_check.tiling import Cuts, cuts_at, tiling_problems
-from tpcheck.hf_config import read_config
+from tpcheck.hf.config import read_config
 from tpcheck.planning import plan
 from tpcheck.shard_plan import Span
 from tpcheck.spec import ModelSpec

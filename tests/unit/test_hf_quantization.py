@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tpcheck.errors import PlanError
-from tpcheck.hf_quantization import read_quantization
+from tpcheck.hf.quantization import read_quantization
 from tpcheck.quantization import Quantization
 
 LINEARS = tuple(

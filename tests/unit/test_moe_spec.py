@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tpcheck.errors import IllegalDegreeError, PlanError
-from tpcheck.hf_config import spec_from_config
+from tpcheck.hf.config import spec_from_config
 from tpcheck.shard_plan import Span, legal_tp_sizes, make_shard_plan
 from tpcheck.spec import ModelSpec
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.configs import QWEN_30B
-from tpcheck.hf_config import spec_from_config
+from tpcheck.hf.config import spec_from_config
 from tpcheck.plan_memory import Request, rank_memory
 from tpcheck.shard_plan import logical_tensors, make_shard_plan
 

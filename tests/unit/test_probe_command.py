@@ -18,8 +18,8 @@ import pytest
 from tpcheck.cli import main
 from tpcheck.errors import TPCheckError
 from tpcheck.numerics.order import Chunk
-from tpcheck.probe_command import differences, exit_code, probe_record
-from tpcheck.probe_sweep import ProbeReport, SwitchPoint, probe_reductions
+from tpcheck.probes.command import differences, exit_code, probe_record
+from tpcheck.probes.sweep import ProbeReport, SwitchPoint, probe_reductions
 
 QUICK = ("--backend", "sim", "--tp", "3", "--sizes", "6,35", "--dtype", "bfloat16")
 KEYS = {

@@ -17,8 +17,8 @@ from tpcheck.groups.simulated import SimulatedRanks
 from tpcheck.numerics.probed_reduction import ProbedReduction
 from tpcheck.numerics.reduction import reduce, reduce_sum
 from tpcheck.numerics.rounding_probe import same_bits
-from tpcheck.probe_json import from_json, to_json
-from tpcheck.probe_sweep import ProbeReport, probe_reductions
+from tpcheck.probes.json_form import from_json, to_json
+from tpcheck.probes.sweep import ProbeReport, probe_reductions
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tests.groups import single_group
 from tests.unit.test_reference import bytes_read, resident_bytes
-from tpcheck.hf_config import spec_from_config
+from tpcheck.hf.config import spec_from_config
 from tpcheck.reference.checkpoint import Checkpoint, CheckpointWeights
 from tpcheck.reference.layout import logical_tensors
 from tpcheck.reference.quantized_names import QuantizedPart

@@ -16,7 +16,7 @@ from tests.groups import single_group
 from tests.models import GPT2, SMALL
 from tests.reference_jobs import Reply, Run, alone, ids_for, on_ranks, relative_rms, unmoved_weights
 from tpcheck.errors import IllegalDegreeError, PlanError, SubjectError
-from tpcheck.hf_config import spec_from_config
+from tpcheck.hf.config import spec_from_config
 from tpcheck.placement import Replicate
 from tpcheck.reference.checkpoint import Checkpoint, load_decoder, read_spec
 from tpcheck.reference.decoder import build_decoder

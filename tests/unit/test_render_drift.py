@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from tests.drift_reports import entry, profile, report_of, usual
-from tpcheck.cli_output import Outputs
+from tpcheck.cli_commands.output import Outputs
 from tpcheck.errors import TPCheckError
 from tpcheck.records import OUTCOMES, Report
 from tpcheck.render import drift_markdown, pages

@@ -131,7 +131,7 @@ def test_a_plan_covers_everything_and_query_heads_meet_their_kv_heads(
 
 def test_planning_and_reading_configs_loads_no_torch() -> None:
     code = (
-        "import sys, tpcheck.shard_plan, tpcheck.hf_config, tpcheck.pieces;"
+        "import sys, tpcheck.shard_plan, tpcheck.hf.config, tpcheck.pieces;"
         "import tpcheck.reference.layout; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from tpcheck.adapters.transformers_runtime import import_transformers, quiet_and_offline, ranks_of
 from tpcheck.errors import IllegalDegreeError, PlanError, SubjectError
-from tpcheck.hf_config import describe_directory, read_config
+from tpcheck.hf.config import describe_directory, read_config
 from tpcheck.subjects import DEFAULT_SEQ_LEN, Subject, SubjectOptions
 
 if TYPE_CHECKING:

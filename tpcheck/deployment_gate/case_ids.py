@@ -1,7 +1,7 @@
 """Which case a verdict is about, whoever ran it.
 
 Requirement: a case is one piece of evidence, however often it ran. A report of pytest puts the test
-in front of a case's id, and a number behind it where a test ran it again (pytest_summary.py); it is
+in front of a case's id, and a number behind it where a test ran it again (plugin/summary.py); it is
 the same seed, batch and length all the same, and the same for `--case`.
 """
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from tpcheck.errors import SubjectError, TPCheckError
 from tpcheck.files import is_file, read_json
-from tpcheck.hf_config import describe_directory
+from tpcheck.hf.config import describe_directory
 from tpcheck.json_reader import brief, parse_json, refuse
 
 INDEX = "model.safetensors.index.json"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tpcheck.groups.base import RecordedGroup
-from tpcheck.hf_config import read_config, spec_from_config
+from tpcheck.hf.config import read_config, spec_from_config
 from tpcheck.reference.checkpoint_fit import require_fit
 from tpcheck.reference.decoder import Decoder, build_decoder
 from tpcheck.reference.expert_names import expert_stored

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from tpcheck.errors import SubjectError, TPCheckError
 from tpcheck.files import is_file, read_json
-from tpcheck.hf_config import describe_directory
+from tpcheck.hf.config import describe_directory
 from tpcheck.json_reader import brief
 from tpcheck.reference.plain_file import PlainFile
 

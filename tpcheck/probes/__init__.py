@@ -1,0 +1,1 @@
+"""`tpcheck probe`: in which order and precision a backend reduces."""
