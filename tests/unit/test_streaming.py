@@ -552,6 +552,23 @@ def test_two_runs_do_not_share_a_scratch_folder(deep: Path, tmp_path: Path) -> N
     stream_logits(deep, INPUTS[0], dtype="float32", scratch=scratch)
 
 
+def test_what_a_kill_leaves_of_a_file_that_was_being_written_is_taken_away(
+    deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(_tensors: Any, path: Path) -> None:
+        path.with_name(".tmp2sYyWs").write_bytes(b"half of it")  # as safetensors names it
+        raise Ended
+
+    scratch = tmp_path / "scratch"
+    with monkeypatch.context() as patch:
+        patch.setattr(stream_scratch, "save_file", killed)
+        with pytest.raises(Ended):
+            stream_logits(deep, INPUTS[0], dtype="float32", scratch=scratch)
+    assert scratch.exists()
+    stream_logits(deep, INPUTS[0], dtype="float32", scratch=scratch)
+    assert not scratch.exists()
+
+
 def test_a_scratch_folder_that_cannot_be_is_an_error_before_anything_is_run(
     deep: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tpcheck.reference.plain_file import PlainFile
 SCHEMA = "tpcheck.stream/1"
 MANIFEST = "stream.json"
 _PREFIX, _SUFFIX = "after-layer-", ".safetensors"
+_STAGING = ".layer-being-written"
 _MOST_BYTES = 16 * 2**20
 """Of a manifest: it lists the weight files."""
 
@@ -78,6 +80,7 @@ class Scratch:
         except (OSError, SafetensorError, TPCheckError) as error:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+            shutil.rmtree(self._folder / _STAGING, ignore_errors=True)
             if not self._complained:
                 LOG.warning("%s: layer %s cannot be kept: %s", self._folder, done, error)
             self._complained = True
@@ -89,9 +92,13 @@ class Scratch:
             self._folder.rmdir()
 
     def _save(self, done: int, xs: Sequence[torch.Tensor], digest: str, path: Path) -> None:
-        save_file({f"{number:05}": x.contiguous() for number, x in enumerate(xs)}, path)
-        with path.open("rb") as file:
+        staging = self._folder / _STAGING  # safetensors writes beside, under names of its own
+        staging.mkdir(exist_ok=True)
+        written = staging / path.name
+        save_file({f"{number:05}": x.contiguous() for number, x in enumerate(xs)}, written)
+        with written.open("rb") as file:
             os.fsync(file.fileno())
+        written.replace(path)
         fields = {
             "schema": SCHEMA,
             "key": self._key,
@@ -135,7 +142,8 @@ class Scratch:
             self._sweep(keep="")
 
     def _sweep(self, keep: str) -> None:
-        """Remove other layers', and what a kill left of a manifest that was being written."""
+        """Remove other layers', and what a kill left of a file that was being written."""
+        shutil.rmtree(self._folder / _STAGING, ignore_errors=True)
         for pattern in (f"{_PREFIX}*{_SUFFIX}", f".{MANIFEST}.*.tmp"):
             for path in self._folder.glob(pattern):
                 if path.name != keep:
