@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,7 +37,10 @@ from tpcheck.trace import Trace
 
 
 def structural(evidence: Evidence) -> Check:
-    """TP=N against TP=1 in float64: the same function, up to the noise of its own casts."""
+    """TP=N against TP=1 in float64: the same function, up to the noise of its own casts.
+
+    Where those are below float32, once more without them.
+    """
     if evidence.oracle is None or not evidence.exact:
         return Check(
             SKIPPED,
@@ -66,7 +70,23 @@ def structural(evidence: Evidence) -> Check:
         )
         return Check(FAIL, reason, facts)
     hidden = _hidden_in_slices(evidence)
-    return Check(FAIL, hidden, facts) if hidden else Check(PASS, "", facts)
+    if hidden:
+        return Check(FAIL, hidden, facts)
+    if evidence.lifted is None:
+        return Check(PASS, "", facts)
+    lifted = structural(evidence.lifted)
+    facts |= {"smallest_bug": lifted.facts["limit"], "lifted": lifted.facts}
+    if lifted.outcome != FAIL:
+        return Check(PASS, "", facts)
+    facts |= {"worst_input": lifted.facts.get("worst_input", where)}
+    return Check(FAIL, f"with its own casts below float32 lifted, {lifted.reason}", facts)
+
+
+def only_lifted(evidence: Evidence) -> bool:
+    """Whether `structural` fails where the subject's own casts are lifted and nowhere else."""
+    return (
+        evidence.lifted is not None and structural(replace(evidence, lifted=None)).outcome != FAIL
+    )
 
 
 def _hidden_in_slices(evidence: Evidence) -> str:
@@ -205,8 +225,9 @@ def decode(evidence: Evidence) -> Check:
     if "decode" not in evidence.exact[0].outputs:
         return Check(SKIPPED, "the subject has no prefill and step")
     limit = structural_limit(evidence.floor.relative_rms)
-    want = evidence.oracle.outputs["A"]
-    for degree, trace in ((1, evidence.oracle), (evidence.tp_size, evidence.exact[0])):
+    exact, oracle = evidence.exact_pair
+    want = oracle.outputs["A"]
+    for degree, trace in ((1, oracle), (evidence.tp_size, exact)):
         got = trace.outputs.get("decode")
         if got is None:
             return Check(SKIPPED, "the subject has no prefill and step at TP=1")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from tpcheck.checks import only_lifted
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence
 from tpcheck.execution import Task
@@ -39,6 +40,8 @@ def first_divergence(
     """
     failed = {name for name, check in checks.items() if check.outcome == FAIL}
     exact = bool({"structural", "decode", "rank_agreement"} & failed) and bool(evidence.exact)
+    if evidence.lifted is not None and only_lifted(evidence) and "structural" in failed:
+        task, evidence = replace(task, lift=True), evidence.lifted
     if not exact and not (failed & {"drift", "rank_agreement"} or task.until):
         return None, ()
     try:
@@ -68,7 +71,7 @@ def _in_float64(task: Task, run: Run, evidence: Evidence, input_id: str) -> Firs
     replay = {
         fqn: record.input
         for fqn, record in reference.extras["points"].items()
-        if record.in_placement is not None and record.input is not None
+        if record.in_placement is not None and record.input is not None and not task.lift
     }
     try:
         traces = run(replace(task, replay=replay), evidence.tp_size)

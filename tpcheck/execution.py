@@ -21,6 +21,7 @@ from tpcheck.observation.codes import CastKey, Codes
 from tpcheck.observation.consumption import Consumption, offer_weights, one_ulp_off
 from tpcheck.observation.dispatch import Choice, Watch
 from tpcheck.observation.injection import reduction_noise
+from tpcheck.observation.lifting import Lift
 from tpcheck.observation.modules import ModuleTracer, fqn_hooks, replay_modules, traced_modules
 from tpcheck.observation.own_calls import OwnCalls, sums_of
 from tpcheck.observation.planting import Plant, Planter
@@ -39,16 +40,17 @@ AGAIN = "A again"
 class Task:
     """One build of a subject and the forwards to run on it.
 
-    inputs: input id -> arguments of forward. order: the ids to run; a repeated "A" is stored as
-    "A again". watch: see casts, choices and torch.distributed calls. perturb_seed: move narrow
-    casts by half an ulp. perturb_weights: move weights by half an ulp of the compute dtype;
-    other_weights: by an ulp of the storage dtype, alike in every compute dtype. noise_dtype: add to
-    every reduction the rounding this dtype must cost. codes: TP=1's quantizers; sent:
-    input id -> the casts that are a reduction's (observation/codes.py).
-    intercept: makes what watches or replaces collectives; its `seen` becomes an extra. own_calls:
-    hand it the sums that the subject asks of torch.distributed itself, too; real ranks only.
-    pinned: input id -> choices to impose on top-k. trace: input id whose modules are recorded;
-    replay: reference inputs by FQN for modules with declared placements.
+    inputs: input id -> arguments of forward. order: the ids to run; a repeated "A" is stored as "A
+    again". watch: see casts, choices and torch.distributed calls. perturb_seed: move narrow casts
+    by half an ulp. perturb_weights: move weights by half an ulp of the compute dtype;
+    other_weights: by an ulp of the storage dtype, alike in every compute dtype. lift: compute in
+    `dtype` what the subject would compute below float32; lift_codes: its quantizers too
+    (observation/lifting.py). noise_dtype: add to every reduction the rounding this dtype must cost.
+    codes: TP=1's quantizers; sent: input id -> the casts that are a reduction's
+    (observation/codes.py). intercept: makes what watches or replaces collectives; its `seen`
+    becomes an extra. own_calls: hand it the sums that the subject asks of torch.distributed itself,
+    too; real ranks only. pinned: input id -> choices to impose on top-k. trace: input id whose
+    modules are recorded; replay: reference inputs by FQN for modules with declared placements.
     """
 
     subject: SubjectRef
@@ -62,6 +64,8 @@ class Task:
     perturb_seed: int | None = None
     perturb_weights: int | None = None
     other_weights: int | None = None
+    lift: bool = False
+    lift_codes: bool = False
     noise_dtype: str = ""
     noise_kind: str = "ring"
     codes: tuple[CastKey, ...] | None = None
@@ -200,6 +204,7 @@ class _Runner:
         self._choices: dict[str, list[Choice]] = {}
         self._casts: dict[CastKey, Any] = {}
         self._codes: dict[CastKey, None] = {}
+        self._kept: dict[CastKey, None] = {}
         self._sent: dict[str, set[int]] = {}
         self._unpinned = 0
         self._quiet = True
@@ -227,6 +232,7 @@ class _Runner:
         if task.shards and hasattr(self._forward, "shards"):
             self._extras["shards"] = checked_shards(self._forward.shards())
         self._extras["codes"] = tuple(self._codes)
+        self._extras["kept"] = tuple(self._kept)
         self._extras["sent"] = self._sent
         self._extras["choices"] = self._choices
         self._extras["unpinned"] = self._unpinned
@@ -260,7 +266,8 @@ class _Runner:
     def _run(self, name: str, function: Callable[..., Any], input_id: str) -> None:
         arguments = self._arguments(input_id)  # out here: rounding them is no cast of the subject's
         # Inside the mode that hands calls on, the watching one does not see what that does to them.
-        with self._own_calls or contextlib.nullcontext(), self._watching(name, input_id):
+        own_calls = self._own_calls or contextlib.nullcontext()
+        with own_calls, self._watching(name, input_id), self._lifting():
             output = self._checked(name, function(*arguments))
         self._collectives[name] = self._group.recorder.take()
         if output is None:
@@ -293,10 +300,17 @@ class _Runner:
             self._choices[name] = watch.choices
         self._unpinned += watch.unpinned
         self._codes |= watch.codes.found
+        self._kept |= dict.fromkeys(watch.codes.kept)
         self._sent[name] = watch.codes.sent
         self._quiet = self._quiet and not watch.saw_something
         for cast_ in watch.casts:
             self._casts.setdefault((cast_.fqn, cast_.source, cast_.target), cast_)
+
+    def _lifting(self) -> contextlib.AbstractContextManager[Any]:
+        group, task = self._group, self._task
+        if not task.lift:
+            return contextlib.nullcontext()
+        return Lift(group.recorder, group.dtype, codes=task.lift_codes)
 
     def _needs_watching(self, name: str) -> bool:
         """Watching costs Python for every op: stop once the first forward showed nothing.
@@ -356,7 +370,7 @@ class _Runner:
         watch = Watch(self._group.recorder, pinned=pinned, rank=self._group.rank)
         arguments = self._arguments(task.trace)
         with tracer, self._own_calls or contextlib.nullcontext():
-            with watch if pinned else contextlib.nullcontext():
+            with watch if pinned else contextlib.nullcontext(), self._lifting():
                 self._forward(*arguments)
         self._group.recorder.take()
         self._extras["points"] = tracer.records

@@ -14,8 +14,16 @@ from dataclasses import replace
 from tpcheck.case_runs import CaseRuns
 from tpcheck.checks import drift, drifts, structural
 from tpcheck.comparison import relative
-from tpcheck.evidence import Evidence, distance, noise_floor, routing_flips, with_outputs
+from tpcheck.evidence import (
+    Evidence,
+    NoiseFloor,
+    distance,
+    noise_floor,
+    routing_flips,
+    with_outputs,
+)
 from tpcheck.execution import Task
+from tpcheck.groups.jobs import JobFailed
 from tpcheck.inputs import input_order, more_inputs
 from tpcheck.numerics.drift import floored
 from tpcheck.numerics.tolerance import structural_limit
@@ -45,8 +53,9 @@ def explained(
     evidence = _with_noise_floor(runs, evidence)
     evidence, notes = _with_ties_pinned(runs, evidence)
     evidence, more = _with_other_codes(runs, evidence)
+    evidence, wire = _with_casts_lifted(runs, evidence)
     evidence, beside = _with_drift_measured_again(runs, evidence)
-    return _with_expected_drift(runs, evidence, reduction), (*notes, *more, *beside)
+    return _with_expected_drift(runs, evidence, reduction), (*notes, *more, *wire, *beside)
 
 
 def _with_full_outputs(runs: CaseRuns, evidence: Evidence) -> Evidence:
@@ -106,6 +115,56 @@ def _with_ties_pinned(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tup
     task = replace(runs.exact_task(order), pinned=runs.pinned)
     note = f"routing: {flips} ties (margin {margin:.2g}) were pinned to the reference"
     return replace(evidence, exact=runs.run(task, evidence.tp_size)), (note,)
+
+
+def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
+    """Where the subject's own casts set a coarse floor, run once more without them, if that runs.
+
+    A quantizer is part of the function and is no such cast. One that only TP=N has, for what it
+    sends, is: what is left without it stands in for the rest.
+    """
+    if evidence.oracle is None or not evidence.exact:
+        return evidence, ()
+    failed = structural(evidence).outcome == FAIL
+    sends_codes = (
+        not runs.codes
+        and any(trace.extras["codes"] for trace in evidence.exact)
+        and not any(trace.extras["kept"] for trace in evidence.exact)
+    )
+    if failed and not sends_codes:
+        return evidence, ()
+    if not failed and eps(evidence.floor.tier) <= eps("float32"):
+        return evidence, ()
+    lifted = _lifted(runs, evidence, codes=sends_codes)
+    runs.start_clock()
+    if lifted is None:
+        return evidence, ()
+    if not failed:
+        return replace(evidence, lifted=lifted), ()
+    if structural(lifted).outcome == FAIL:
+        return evidence, ()
+    note = "codes: what TP=N alone quantizes is what it sends; structural compared it unquantized"
+    assert lifted.oracle is not None
+    pair = (lifted.exact[0], lifted.oracle)
+    return replace(evidence, elsewhere=pair, floor=lifted.floor), (note,)
+
+
+def _lifted(runs: CaseRuns, evidence: Evidence, *, codes: bool) -> Evidence | None:
+    """Return what TP=1 and TP=N give without their own casts; None where either cannot run so."""
+    lifted = runs.lifted
+    if lifted is None:
+        return None
+    lifted.start_clock()
+    task = lifted.exact_task(input_order(runs.inputs, evidence.tp_size))
+    task = replace(task, pinned=lifted.pinned, lift_codes=codes)
+    try:
+        exact = lifted.run(task, evidence.tp_size)
+        apart = replace(
+            evidence, oracle=lifted.oracle, exact=exact, floor=NoiseFloor(), elsewhere=None
+        )
+        return _with_other_codes(lifted, _with_noise_floor(lifted, apart))[0]
+    except JobFailed:
+        return None
 
 
 def _with_other_codes(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
@@ -180,7 +239,7 @@ def _with_expected_drift(runs: CaseRuns, evidence: Evidence, reduction: str) -> 
         for cast in trace.casts
         if eps(cast.target) > eps(runs.dtype)
     }
-    if coarse:
+    if coarse or (not runs.codes and any(trace.extras["codes"] for trace in evidence.exact)):
         return _with_base_of_casts(runs, evidence, coarse)
     order = tuple(dict.fromkeys(input_order(runs.inputs, evidence.tp_size)))
     task = replace(

@@ -140,7 +140,8 @@ class _Experiment:
         settings = replace(plan.settings, tp_sizes=(self._size,), until="")
         dtype = verdict.dtype
         investigation = Investigation(ranks, plan.ref, subject, case, dtype, settings)
-        self._evidence, _ = investigation.evidence(self._size)
+        evidence, _ = investigation.evidence(self._size)
+        self._evidence = evidence.lifted or evidence  # what sees smaller faults
         self._field = "exact" if self._evidence.exact else "deployed"
         task = Task(
             subject=plan.ref,
@@ -150,6 +151,7 @@ class _Experiment:
             inputs=make_inputs(subject, case, ()),
             order=("A",),
             spec=case.spec,
+            lift=evidence.lifted is not None,
         )
         oracle = self._evidence.oracle
         if oracle is not None and not self._evidence.exact:

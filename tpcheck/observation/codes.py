@@ -21,7 +21,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 CastKey = tuple[str, str, str]
 """The module's FQN, the source dtype, the target dtype."""
 
-_TO_INTEGERS = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc"}
+_INTEGERS = "integers"
+TO_INTEGERS = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc"}
+
+EIGHT_BITS = (torch.int8, torch.uint8)
+"""What floating values become in a quantizer of integers, rounded first or not."""
 
 _PRODUCTS = {
     f"aten::{name}"
@@ -57,15 +61,14 @@ class Codes:
 
     def note(self, func: Any, key: CastKey, result: torch.Tensor) -> bool | None:
         """Note what an op gave; say whether that is a code, or rounding, None for neither."""
-        if plain_name(func) in _TO_INTEGERS:
-            self.found[(*key[:2], "integers")] = None
-            return True
-        if result.dtype.itemsize > 1 or key[1] == key[2]:
+        integers = plain_name(func) in TO_INTEGERS or not result.dtype.is_floating_point
+        if not integers and (result.dtype.itemsize > 1 or key[1] == key[2]):
             return None
+        key = (*key[:2], _INTEGERS) if integers else key
         place = len(self._casts)
         self._casts.append(key)
         self._held[result] = frozenset({place})
-        if place in self._known:
+        if place in self._known and not integers:
             return False
         self.found[key] = None
         return True
@@ -90,8 +93,14 @@ class Codes:
 
     @property
     def rounding(self) -> list[CastKey]:
-        """The casts that are [Sent]."""
-        return [self._casts[place] for place in sorted(self.sent)]
+        """The casts that are [Sent] and have a last place."""
+        sent = [self._casts[place] for place in sorted(self.sent)]
+        return [key for key in sent if key[2] != _INTEGERS]
+
+    @property
+    def kept(self) -> list[CastKey]:
+        """The casts that are not [Sent]: what they give stays on this rank."""
+        return [key for place, key in enumerate(self._casts) if place not in self.sent]
 
     def _places(self, args: Sequence[Any]) -> frozenset[int]:
         held = (self._held.get(tensor) for tensor in _tensors(args))

@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 
 from tpcheck.groups.base import Recorder
-from tpcheck.observation.codes import CastKey, Codes, plain_name
+from tpcheck.observation.codes import EIGHT_BITS, CastKey, Codes, plain_name
 from tpcheck.observation.dispatch_mode import PlainMode
 from tpcheck.trace import NarrowCast
 
@@ -199,9 +199,11 @@ class Watch(PlainMode):
 
     def _seen(self, func: Any, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor:
         """Note a result that is narrower than its operands, or than what the subject was given."""
-        if not result.dtype.is_floating_point:
-            return result
         widest = _widest(args)
+        if not result.dtype.is_floating_point:
+            if widest is not None and result.dtype in EIGHT_BITS:
+                self.codes.note(func, (self._recorder.fqn, _name(widest), ""), result)
+            return result
         source = widest or result.dtype
         if self.codes.note(func, (self._recorder.fqn, _name(source), _name(result.dtype)), result):
             return result
