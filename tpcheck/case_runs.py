@@ -115,6 +115,12 @@ class CaseRuns:
         assert self.oracle is not None
         return self.run(replace(self.noisy_task, sent=self.oracle.extras["sent"]), 1)[0]
 
+    def watch_every_length(self) -> None:
+        """From here on, look for casts and choices in the forward of every input."""
+        self.task = replace(self.task, watch_all=True)
+        for made in ("oracle", "noisy_alone", "lifted"):
+            vars(self).pop(made, None)
+
     @cached_property
     def lifted(self) -> CaseRuns | None:
         """These runs without the subject's own casts below float32; None where TP=1 cannot run so.
@@ -170,7 +176,7 @@ class CaseRuns:
     @property
     def noisy_task(self) -> Task:
         """The task whose narrowing casts round anew, for the noise floor."""
-        keys = [key for key in self.inputs if key in ("t1", "A")]
+        keys = [key for key in self.inputs if key in ("t1", "A") or self.task.watch_all]
         return replace(
             self.exact_task(tuple(keys)),
             perturb_seed=_NOISE_SEED,

@@ -41,16 +41,17 @@ class Task:
     """One build of a subject and the forwards to run on it.
 
     inputs: input id -> arguments of forward. order: the ids to run; a repeated "A" is stored as "A
-    again". watch: see casts, choices and torch.distributed calls. perturb_seed: move narrow casts
-    by half an ulp. perturb_weights: move weights by half an ulp of the compute dtype;
-    other_weights: by an ulp of the storage dtype, alike in every compute dtype. lift: compute in
-    `dtype` what the subject would compute below float32; lift_codes: its quantizers too
-    (observation/lifting.py). noise_dtype: add to every reduction the rounding this dtype must cost.
-    codes: TP=1's quantizers; sent: input id -> the casts that are a reduction's
-    (observation/codes.py). intercept: makes what watches or replaces collectives; its `seen`
-    becomes an extra. own_calls: hand it the sums that the subject asks of torch.distributed itself,
-    too; real ranks only. pinned: input id -> choices to impose on top-k. trace: input id whose
-    modules are recorded; replay: reference inputs by FQN for modules with declared placements.
+    again". watch: see casts, choices and torch.distributed calls; watch_all: in every forward,
+    whatever the first one showed. perturb_seed: move narrow casts by half an ulp. perturb_weights:
+    move weights by half an ulp of the compute dtype; other_weights: by an ulp of the storage dtype,
+    alike in every compute dtype. lift: compute in `dtype` what the subject would compute below
+    float32; lift_codes: its quantizers too (observation/lifting.py). noise_dtype: add to every
+    reduction the rounding this dtype must cost. codes: TP=1's quantizers; sent: input id -> the
+    casts that are a reduction's (observation/codes.py). intercept: makes what watches or replaces
+    collectives; its `seen` becomes an extra. own_calls: hand it the sums that the subject asks of
+    torch.distributed itself, too; real ranks only. pinned: input id -> choices to impose on top-k.
+    trace: input id whose modules are recorded; replay: reference inputs by FQN for modules with
+    declared placements.
     """
 
     subject: SubjectRef
@@ -61,6 +62,7 @@ class Task:
     order: tuple[str, ...]
     spec: ModelSpec | None = None
     watch: bool = False
+    watch_all: bool = False
     perturb_seed: int | None = None
     perturb_weights: int | None = None
     other_weights: int | None = None
@@ -232,6 +234,7 @@ class _Runner:
         if task.shards and hasattr(self._forward, "shards"):
             self._extras["shards"] = checked_shards(self._forward.shards())
         self._extras["codes"] = tuple(self._codes)
+        self._extras["quiet"] = self._quiet
         self._extras["kept"] = tuple(self._kept)
         self._extras["sent"] = self._sent
         self._extras["choices"] = self._choices
@@ -321,7 +324,7 @@ class _Runner:
         task = self._task
         if task.pinned or task.perturb_seed is not None:
             return True
-        first = name in (task.order[0], "A")
+        first = name in (task.order[0], "A") or task.watch_all
         return task.watch and name != "decode" and (first or not self._quiet)
 
     def _arguments(self, input_id: str) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ runs and against what this case's own partials explain.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from tpcheck.case_runs import CaseRuns
@@ -29,6 +29,7 @@ from tpcheck.numerics.drift import floored
 from tpcheck.numerics.tolerance import structural_limit
 from tpcheck.numerics.ulp import eps
 from tpcheck.records import FAIL
+from tpcheck.trace import Trace
 
 _ROUNDINGS = 8
 """Repetitions that round anew: nine independent errors where there was one."""
@@ -50,12 +51,33 @@ def explained(
         reduction: the kind of sum over ranks that drift is expected of.
     """
     evidence = _with_full_outputs(runs, evidence)
+    evidence = _with_every_length_watched(runs, evidence)
     evidence = _with_noise_floor(runs, evidence)
     evidence, notes = _with_ties_pinned(runs, evidence)
     evidence, more = _with_other_codes(runs, evidence)
     evidence, wire = _with_casts_lifted(runs, evidence)
     evidence, beside = _with_drift_measured_again(runs, evidence)
-    return _with_expected_drift(runs, evidence, reduction), (*notes, *more, *wire, *beside)
+    evidence = _with_expected_drift(runs, evidence, reduction)
+    return evidence, (*notes, *more, *wire, *beside, *_coarser_casts(evidence))
+
+
+def _coarser_casts(evidence: Evidence) -> tuple[str, ...]:
+    """Say what TP=N alone rounds to that is coarser than the deployed dtype: one sum of many may
+    hide in the drift of the whole."""
+    if evidence.oracle is None:
+        return ()
+    known = {cast.target for cast in evidence.oracle.casts}
+    found = {
+        cast.target: cast.fqn
+        for trace in reversed(evidence.exact)
+        for cast in reversed(trace.casts)
+        if cast.target not in known and eps(cast.target) > eps(evidence.dtype)
+    }
+    return tuple(
+        f"casts: TP=N alone rounds to {target}{f' in {fqn}' if fqn else ''}, which is coarser than"
+        f" {evidence.dtype}"
+        for target, fqn in found.items()
+    )
 
 
 def _with_full_outputs(runs: CaseRuns, evidence: Evidence) -> Evidence:
@@ -75,6 +97,25 @@ def _with_full_outputs(runs: CaseRuns, evidence: Evidence) -> Evidence:
         ]
         evidence = replace(evidence, **{name: merged})  # type: ignore[arg-type]
     return evidence
+
+
+def _with_every_length_watched(runs: CaseRuns, evidence: Evidence) -> Evidence:
+    """Code may cast, or choose, at some lengths only: one token, say, where others go otherwise."""
+    oracle, order = evidence.oracle, input_order(runs.inputs, evidence.tp_size)
+    if oracle is None or not all(trace.extras["quiet"] for trace in (oracle, *evidence.exact)):
+        return evidence
+    seen = {order[0], "A"}
+    watched = replace(evidence, oracle=_only(oracle, seen))
+    if structural(evidence).outcome != FAIL or structural(watched).outcome == FAIL:
+        return evidence
+    runs.watch_every_length()
+    exact = runs.run(runs.exact_task(order), evidence.tp_size)
+    return replace(evidence, oracle=runs.oracle, exact=exact)
+
+
+def _only(trace: Trace, inputs: Collection[str]) -> Trace:
+    outputs = {key: output for key, output in trace.outputs.items() if key in inputs}
+    return replace(trace, outputs=outputs)
 
 
 def _with_noise_floor(runs: CaseRuns, evidence: Evidence) -> Evidence:

@@ -104,6 +104,13 @@ def test_a_bug_far_below_the_noise_of_the_casts_is_found(cast, fault):
     assert structural.facts["lifted"]["relative_rms"] > structural.facts["lifted"]["limit"]
 
 
+def test_a_coarser_wire_that_hides_in_the_drift_of_the_whole_is_said():
+    said = "casts: TP=N alone rounds to bfloat16, which is coarser than float16"
+    assert said in verdict_of(decoder("wire"), dtype="float16").reasons
+    assert said not in verdict_of(decoder("attention"), dtype="float16").reasons
+    assert not verdict_of(decoder("wire")).reasons
+
+
 def test_code_that_reads_its_bits_is_judged_by_the_noise_floor():
     found = verdict_of(decoder(reads_bits=True))
     structural = found.checks["structural"]

@@ -587,3 +587,26 @@ def test_a_users_inputs_may_want_two_rows():
 
     build = tpcheck.subject(inputs=inputs, vocab_size=VOCAB, seq_len=11)(two_rows_only)
     assert outcomes(build) == {"PASS"}
+
+
+# Code that takes another way for one token.
+
+
+@pytest.mark.parametrize(("factor", "outcome"), [(1.0, "PASS"), (1 + 2**-6, "WRONG")])
+def test_a_cast_at_one_length_only_is_a_cast(factor, outcome):
+    @subject
+    def build(tp):
+        weights = Weights(tp)
+
+        def forward(ids):
+            x = weights.embed[ids]
+            if ids.shape[1] == 1:  # as kernels for decoding do
+                y = tp.all_reduce(weights.partial(x.bfloat16().to(x.dtype)).float()).to(x.dtype)
+                y = y * factor if tp.size > 1 else y
+            else:
+                y = tp.all_reduce(weights.partial(x))
+            return (x + y) @ weights.full_head.T
+
+        return forward
+
+    assert outcomes(build) == {outcome}
