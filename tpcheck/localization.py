@@ -90,7 +90,7 @@ def _judge_point(
     blamed, text = (None, "") if replayed else _blame_for_input(records, reference, allowed)
     if not text:
         attribute = _attribution if exact else _regression
-        blamed, text = attribute(records, reference, placements[0], allowed)
+        blamed, text = attribute(records, reference, placements[0], got, allowed)
     notes += [text] if text else []
     return FirstDivergence(
         fqn=fqn,
@@ -166,7 +166,11 @@ def _blame_for_input(
 
 
 def _attribution(
-    records: Sequence[PointRecord], reference: PointRecord, placement: Placement, allowed: float
+    records: Sequence[PointRecord],
+    reference: PointRecord,
+    placement: Placement,
+    got: torch.Tensor,
+    allowed: float,
 ) -> tuple[int | None, str]:
     """Regress onto the captured partials: which rank's term is missing, foreign or scaled."""
     want = reference.output
@@ -176,15 +180,13 @@ def _attribution(
         total = torch.stack([widened(out) for out in outputs]).sum(0)
         if relative_rms(total, want) <= allowed:
             return None, "the ranks' outputs are partial sums: a reduction is missing"
-    if any(len(record.partials) != 1 for record in records):
+    found = _sum_over_ranks(records)
+    if found is None:
         return None, ""
-    operands = torch.stack([as_float64(record.partials[0][1]).flatten() for record in records], 1)
+    operands, result = found
     empty = [rank for rank, zero in enumerate((operands == 0).all(0).tolist()) if zero]
     if len(empty) == 1:
         return empty[0], f"rank {empty[0]}'s partial is all zeros"
-    result = as_float64(records[0].partials[0][2]).flatten()
-    if operands.shape[0] != result.numel():
-        return None, ""
     if relative_rms(operands.sum(1), result) > 1e-5:
         weights = _solve(operands, result)
         if weights is None:
@@ -199,7 +201,7 @@ def _attribution(
     true = _solve(operands, true_sum)
     if true is not None:
         return _name(1 / true, "rank {rank}'s partial is off by a factor of {factor}")
-    if records[0].output is not None and _same_for_every_token(records, want):
+    if _same_for_every_token(got, want):
         return None, "off by one and the same vector at every token, as a bias counted wrongly is"
     return _attribution_in_places(operands, true_sum, max(allowed, 1e-6))
 
@@ -219,29 +221,42 @@ def _attribution_in_places(
 
 
 def _regression(
-    records: Sequence[PointRecord], reference: PointRecord, placement: Placement, allowed: float
+    records: Sequence[PointRecord],
+    reference: PointRecord,
+    placement: Placement,
+    got: torch.Tensor,
+    allowed: float,
 ) -> tuple[int | None, str]:
     """Regress the error onto the partials in the deployed dtype, where rounding is the noise."""
-    want = reference.output
+    want, summed = reference.output, _sum_over_ranks(records)
     assert want is not None
-    if any(len(record.partials) != 1 for record in records) or records[0].output is None:
+    if summed is None or summed[1].numel() != got.numel():
         return None, ""
-    partials = torch.stack([as_float64(record.partials[0][1]).flatten() for record in records])
-    error = (as_float64(records[0].output) - as_float64(want)).flatten()
-    if partials.shape[1] != error.numel():
-        return None, ""
-    found = most_scaled_rank(partials, error)
+    found = most_scaled_rank(summed[0].T, (as_float64(got) - as_float64(want)).flatten())
     if found is None or not found.significant:
         return None, ""
     text = f"rank {found.rank}'s partial counts {found.factor:.6g} times (z={found.z:.0f})"
     return found.rank, text
 
 
-def _same_for_every_token(records: Sequence[PointRecord], want: torch.Tensor) -> bool:
-    output = records[0].output
-    if output is None or output.shape != want.shape or want[..., 0].numel() < 2:
+def _sum_over_ranks(records: Sequence[PointRecord]) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the ranks' terms [elements, ranks] of a module's only sum, and what it gave, whole."""
+    if any(len(record.partials) != 1 for record in records):
+        return None
+    call, first, result = records[0].partials[0]
+    terms = [record.partials[0][1] for record in records]
+    if call.op == "reduce_scatter":
+        dim = int(call.detail.removeprefix("dim=")) if call.detail.startswith("dim=") else 0
+        result = torch.cat([record.partials[0][2] for record in records], dim)
+    if result.shape != first.shape or any(term.shape != first.shape for term in terms):
+        return None
+    return torch.stack([as_float64(x).flatten() for x in terms], 1), as_float64(result).flatten()
+
+
+def _same_for_every_token(got: torch.Tensor, want: torch.Tensor) -> bool:
+    if got.shape != want.shape or want[..., 0].numel() < 2:
         return False
-    error = (widened(output) - widened(want)).flatten(0, -2)
+    error = (widened(got) - widened(want)).flatten(0, -2)
     return relative_rms(error, error[:1].expand_as(error)) < 1e-6
 
 

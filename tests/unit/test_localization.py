@@ -285,6 +285,18 @@ def test_a_scaled_partial_is_named_with_rank_and_factor():
     assert "rank 2's partial is off by a factor of 1.00781" in first.detail
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_scaled_partial_of_a_sum_that_is_dealt_out_is_named(dim):
+    scatter = Collective(0, "reduce_scatter", (6, 9), "float64", f"dim={dim}")
+    terms = [values(6, 9, seed=seed) for seed in (1, 2, 3)]
+    operands = [terms[0], terms[1] * (1 + 2**-7), terms[2]]
+    pieces = sum(operands).chunk(3, dim)
+    partials = [[(scatter, x, piece)] for x, piece in zip(operands, pieces, strict=True)]
+    first = found(sum(terms), pieces, Shard(dim), partials)
+    assert first.rank == 1
+    assert "rank 1's partial is off by a factor of 1.00781" in first.detail
+
+
 def test_a_scaled_partial_is_named_where_a_bias_is_added_after_the_sum():
     bias = values(8, seed=9)
     operands = [TERMS[0], TERMS[1] * 3, TERMS[2]]
@@ -346,7 +358,10 @@ def test_a_bias_on_every_rank_is_told_from_a_factor():
     assert "the same vector at every token" in reduced(operands, sum(operands)).detail
 
 
-def test_regression_in_bfloat16_names_the_rank_that_a_ratio_cannot_see():
+@pytest.mark.parametrize("dealt_out", [False, True])
+def test_regression_in_bfloat16_names_the_rank_that_a_ratio_cannot_see(dealt_out):
+    call = Collective(0, "reduce_scatter", (64, 64), "bfloat16", "dim=1") if dealt_out else SUM
+    placement = Shard(1) if dealt_out else Replicate()
     generator = torch.Generator().manual_seed(0)
     terms = [torch.randn(64, 64, generator=generator).double() for _ in range(4)]
     want = sum(terms)
@@ -355,9 +370,10 @@ def test_regression_in_bfloat16_names_the_rank_that_a_ratio_cannot_see():
         operands = [x.bfloat16() for x in terms]
         operands[2] = (terms[2] * scale).bfloat16()
         result = sum(x.double() for x in operands).bfloat16()
+        results = result.chunk(4, 1) if dealt_out else [result] * 4
         held = [
-            {"m": record(result, out_placement=Replicate(), partials=[(SUM, x, result)])}
-            for x in operands
+            {"m": record(own, out_placement=placement, partials=[(call, x, own)])}
+            for x, own in zip(operands, results, strict=True)
         ]
         (reference,) = traced({"m": record(want)})
         (base,) = traced({"m": record(want.bfloat16())})
