@@ -48,6 +48,7 @@ ORDER = (
     "localization",
     "checks",
     "divergence case_runs",
+    "drift_explanations",
     "explanations",
     "investigation provenance",
     "verdict",

@@ -7,8 +7,8 @@ import torch
 
 from tests.judging import ranks, rounded, trace, values
 from tpcheck.checks import drift
+from tpcheck.drift_explanations import without_flipped
 from tpcheck.evidence import Evidence
-from tpcheck.explanations import without_flipped
 
 QUANTUM = 0.05
 """What one value at another code moves a few of the logits by: hundreds of eps of float32."""
