@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -137,6 +137,12 @@ class CaseRuns:
             return lifted if lifted.oracle is not None else None
         except JobFailed:  # an op that refuses the wider dtype, or may not be given it
             return None
+
+    def lifting(self, codes: Mapping[str, Collection[int]]) -> CaseRuns:
+        """Return these runs, at TP=N without these quantizers as well: input id -> places."""
+        runs = copy.copy(self)
+        runs.task = replace(self.task, lift_codes=codes)
+        return runs
 
     @property
     def pinned(self) -> Mapping[str, Sequence[Choice]]:

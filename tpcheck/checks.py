@@ -230,7 +230,7 @@ def decode(evidence: Evidence) -> Check:
     for degree, trace in ((1, oracle), (evidence.tp_size, exact)):
         got = trace.outputs.get("decode")
         if got is None:
-            return Check(SKIPPED, "the subject has no prefill and step at TP=1")
+            return Check(SKIPPED, f"the subject does not decode at TP={degree}")
         want_here = want if got.shape == want.shape else want[:, -got.shape[1] :]
         try:
             worst = compare(got, want_here)

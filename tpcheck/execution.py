@@ -27,7 +27,7 @@ from tpcheck.observation.own_calls import OwnCalls, sums_of
 from tpcheck.observation.planting import Plant, Planter
 from tpcheck.observation.program import Program
 from tpcheck.observation.recording import Recording
-from tpcheck.outputs import checked_shards, digest, whole
+from tpcheck.outputs import checked_shards, whole
 from tpcheck.spec import ModelSpec
 from tpcheck.subjects import Subject, SubjectRef, resolve, with_spec
 from tpcheck.trace import Trace
@@ -67,7 +67,7 @@ class Task:
     perturb_weights: int | None = None
     other_weights: int | None = None
     lift: bool = False
-    lift_codes: bool = False
+    lift_codes: Mapping[str, Collection[int]] = field(default_factory=dict)
     noise_dtype: str = ""
     noise_kind: str = "ring"
     codes: tuple[CastKey, ...] | None = None
@@ -206,8 +206,8 @@ class _Runner:
         self._choices: dict[str, list[Choice]] = {}
         self._casts: dict[CastKey, Any] = {}
         self._codes: dict[CastKey, None] = {}
-        self._kept: dict[CastKey, None] = {}
         self._sent: dict[str, set[int]] = {}
+        self._code_places: dict[str, tuple[list[CastKey], set[int]]] = {}
         self._unpinned = 0
         self._quiet = True
         self._extras: dict[str, Any] = {}
@@ -235,8 +235,8 @@ class _Runner:
             self._extras["shards"] = checked_shards(self._forward.shards())
         self._extras["codes"] = tuple(self._codes)
         self._extras["quiet"] = self._quiet
-        self._extras["kept"] = tuple(self._kept)
         self._extras["sent"] = self._sent
+        self._extras["code_places"] = self._code_places
         self._extras["choices"] = self._choices
         self._extras["unpinned"] = self._unpinned
         self._extras["consumed"] = consumption.counts()
@@ -270,12 +270,12 @@ class _Runner:
         arguments = self._arguments(input_id)  # out here: rounding them is no cast of the subject's
         # Inside the mode that hands calls on, the watching one does not see what that does to them.
         own_calls = self._own_calls or contextlib.nullcontext()
-        with own_calls, self._watching(name, input_id), self._lifting():
+        with own_calls, self._watching(name, input_id), self._lifting(name):
             output = self._checked(name, function(*arguments))
         self._collectives[name] = self._group.recorder.take()
         if output is None:
             return
-        self._digests[name] = digest(output)
+        self._digests[name] = self._group.digests.of(name, output)
         if self._group.rank == 0 or self._task.every_output:
             self._outputs[name] = output
 
@@ -303,17 +303,19 @@ class _Runner:
             self._choices[name] = watch.choices
         self._unpinned += watch.unpinned
         self._codes |= watch.codes.found
-        self._kept |= dict.fromkeys(watch.codes.kept)
         self._sent[name] = watch.codes.sent
+        if watch.codes.casts:
+            self._code_places[name] = (watch.codes.casts, watch.codes.reaching)
         self._quiet = self._quiet and not watch.saw_something
         for cast_ in watch.casts:
             self._casts.setdefault((cast_.fqn, cast_.source, cast_.target), cast_)
 
-    def _lifting(self) -> contextlib.AbstractContextManager[Any]:
+    def _lifting(self, name: str) -> contextlib.AbstractContextManager[Any]:
         group, task = self._group, self._task
         if not task.lift:
             return contextlib.nullcontext()
-        return Lift(group.recorder, group.dtype, codes=task.lift_codes)
+        codes = task.lift_codes.get(name, ()) if group.size > 1 else ()
+        return Lift(group.recorder, group.dtype, codes=codes)
 
     def _needs_watching(self, name: str) -> bool:
         """Watching costs Python for every op: stop once the first forward showed nothing.
@@ -373,7 +375,7 @@ class _Runner:
         watch = Watch(self._group.recorder, pinned=pinned, rank=self._group.rank)
         arguments = self._arguments(task.trace)
         with tracer, self._own_calls or contextlib.nullcontext():
-            with watch if pinned else contextlib.nullcontext(), self._lifting():
+            with watch if pinned else contextlib.nullcontext(), self._lifting(task.trace):
                 self._forward(*arguments)
         self._group.recorder.take()
         self._extras["points"] = tracer.records

@@ -7,7 +7,8 @@ reference; where that floor is coarse, the casts are lifted.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from tpcheck.case_runs import CaseRuns
@@ -101,11 +102,7 @@ def _with_noise_floor(runs: CaseRuns, evidence: Evidence) -> Evidence:
     still = evidence.exact[0]
     if runs.pinned:  # else choices that a fault flips would raise the limit it is held to
         still = runs.run(replace(runs.noisy_task, perturb_seed=None), evidence.tp_size)[0]
-    sent = {
-        key: set().union(*(trace.extras["sent"].get(key, ()) for trace in evidence.exact))
-        for key in runs.noisy_task.order
-    }
-    noisy = runs.run(replace(runs.noisy_task, sent=sent), evidence.tp_size)[0]
+    noisy = runs.run(replace(runs.noisy_task, sent=_sent(evidence)), evidence.tp_size)[0]
     moved.append((noisy, still))
     return replace(evidence, floor=noise_floor(casts, moved, codes=bool(runs.codes)))
 
@@ -133,16 +130,12 @@ def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tu
     if evidence.oracle is None or not evidence.exact:
         return evidence, ()
     failed = structural(evidence).outcome == FAIL
-    sends_codes = (
-        not runs.codes
-        and any(trace.extras["codes"] for trace in evidence.exact)
-        and not any(trace.extras["kept"] for trace in evidence.exact)
-    )
-    if failed and not sends_codes:
+    sent = _sent_by_tp_n_alone(evidence, failed=failed)
+    if failed and not any(sent.values()):
         return evidence, ()
     if not failed and eps(evidence.floor.tier) <= eps("float32"):
         return evidence, ()
-    lifted = _lifted(runs, evidence, codes=sends_codes)
+    lifted = _lifted(runs, evidence, sent)
     runs.start_clock()
     if lifted is None:
         return evidence, ()
@@ -150,20 +143,53 @@ def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tu
         return replace(evidence, lifted=lifted), ()
     if structural(lifted).outcome == FAIL:
         return evidence, ()
-    note = "codes: what TP=N alone quantizes is what it sends; structural compared it unquantized"
     assert lifted.oracle is not None
-    pair = (lifted.exact[0], lifted.oracle)
+    pair = lifted.elsewhere or (lifted.exact[0], lifted.oracle)
+    note = "codes: what TP=N alone quantizes is what it sends; structural compared it unquantized"
     return replace(evidence, elsewhere=pair, floor=lifted.floor), (note,)
 
 
-def _lifted(runs: CaseRuns, evidence: Evidence, *, codes: bool) -> Evidence | None:
+def _sent(evidence: Evidence) -> dict[str, Collection[int]]:
+    """Return which casts are a reduction's, by input: on any rank, for all do the same."""
+    keys = {key for trace in evidence.exact for key in trace.extras["sent"]}
+    return {
+        key: set().union(*(trace.extras["sent"].get(key, ()) for trace in evidence.exact))
+        for key in keys
+    }
+
+
+def _sent_by_tp_n_alone(evidence: Evidence, *, failed: bool) -> dict[str, Collection[int]]:
+    """Return the quantizers, by input and place, that TP=N has for what it sends and TP=1 has not.
+
+    Where nothing differs, one to a dtype that TP=1 quantizes to may be TP=1's under another name.
+    Where something does, those that reach a collective are TP=N's own if it has so many more.
+    """
+    assert evidence.oracle is not None
+    alone = evidence.oracle.extras["code_places"]
+    found: dict[str, Collection[int]] = {}
+    for key, sent in _sent(evidence).items():
+        casts, reaching = evidence.exact[0].extras["code_places"].get(key, ([], set()))
+        own = alone.get(key, ([], set()))[0]
+        targets, more = {target for _, _, target in own}, Counter(casts) - Counter(own)
+        often = Counter(casts[place] for place in reaching)
+        if failed:
+            surplus = {p for p in reaching if often[casts[p]] == more[casts[p]]}
+            found[key] = {*sent, *surplus}
+        else:
+            found[key] = {p for p in sent if p < len(casts) and casts[p][2] not in targets}
+    return found
+
+
+def _lifted(
+    runs: CaseRuns, evidence: Evidence, codes: Mapping[str, Collection[int]]
+) -> Evidence | None:
     """Return what TP=1 and TP=N give without their own casts; None where either cannot run so."""
-    lifted = runs.lifted
-    if lifted is None:
+    if runs.lifted is None:
         return None
+    lifted = runs.lifted.lifting(codes)
     lifted.start_clock()
     task = lifted.exact_task(input_order(runs.inputs, evidence.tp_size))
-    task = replace(task, pinned=lifted.pinned, lift_codes=codes)
+    task = replace(task, pinned=lifted.pinned, decode=False)
     try:
         exact = lifted.run(task, evidence.tp_size)
         apart = replace(

@@ -119,16 +119,26 @@ def test_code_that_reads_its_bits_is_judged_by_the_noise_floor():
     assert structural.facts["smallest_bug"] == structural.facts["limit"] > 1e-3
 
 
-def summed_as_codes(bits=8, fault="", kept=False):
-    """Return a bare MLP whose ranks send their partials in integers, at TP=N alone.
+def summed_as_codes(bits=8, fault="", kept=False, activations=False, wire="int8"):
+    """Return a bare MLP whose ranks send their partials quantized, at TP=N alone.
 
-    kept: it quantizes what it then multiplies, which is another function and no wire.
+    kept: it quantizes what it then multiplies, which is another function and no wire. activations:
+    it does so at every degree.
     """
 
     def quantized(x):
         most = 2 ** (bits - 1) - 1
         scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / most
         return (x / scale).round().clamp(-most, most).to(torch.int8), scale
+
+    def as_sent(x):
+        if wire == "int8":
+            return quantized(x)
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 448
+        return (x / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+    def as_received(codes, dtype):
+        return (codes if wire == "int8" else codes.view(torch.float8_e4m3fn)).to(dtype)
 
     @tpcheck.subject(vocab_size=VOCAB, seq_len=9)
     def build(tp):
@@ -137,15 +147,15 @@ def summed_as_codes(bits=8, fault="", kept=False):
         down = tp.weight("down", HIDDEN, FFN).chunk(tp.size, 1)[tp.rank]
 
         def all_reduce(partial):
-            codes, scale = quantized(partial)
+            codes, scale = as_sent(partial)
             if fault == "scale" and tp.rank == 1:
                 scale = scale.roll(1, 1)
             codes, scales = tp.all_gather(codes[None], 0), tp.all_gather(scale[None], 0)
-            return (codes.to(partial.dtype) * scales).sum(0)
+            return (as_received(codes, partial.dtype) * scales).sum(0)
 
         def forward(input_ids):
             x = embed[input_ids]
-            if kept and tp.size > 1:
+            if activations or (kept and tp.size > 1):
                 codes, scale = quantized(x)
                 x = codes.to(x.dtype) * scale
             partial = F.relu(x @ up.T) @ down.T
@@ -165,8 +175,21 @@ def test_what_is_sent_in_integers_is_rounding_and_no_other_function(bits, outcom
     assert any("is what it sends" in reason for reason in found.reasons)
 
 
-def test_a_wrong_scale_of_what_is_sent_is_wrong():
-    assert verdict_of(summed_as_codes(fault="scale")).outcome == "WRONG"
+@pytest.mark.parametrize("wire", ["int8", "float8"])
+@pytest.mark.parametrize("activations", [False, True])
+def test_a_quantized_wire_is_no_other_function_in_a_quantized_model_either(wire, activations):
+    build = summed_as_codes(wire=wire, activations=activations)
+    found = verdict_of(build)
+    assert found.checks["structural"].outcome == "PASS", found.reasons
+    assert found.checks["structural"].facts["smallest_bug"] < 1e-6
+    assert found.outcome in ("PASS", "DRIFT")
+
+
+@pytest.mark.parametrize("wire", ["int8", "float8"])
+@pytest.mark.parametrize("activations", [False, True])
+def test_a_wrong_scale_of_what_is_sent_is_wrong(wire, activations):
+    build = summed_as_codes(fault="scale", wire=wire, activations=activations)
+    assert verdict_of(build).outcome == "WRONG"
 
 
 def test_what_tp_n_alone_quantizes_for_itself_is_another_function():

@@ -17,7 +17,7 @@ W = torch.randn(16, 8, generator=generator, dtype=torch.float64)
 NARROW_W = W.bfloat16()
 
 
-def lifted(forward, *, codes=False):
+def lifted(forward, *, codes=()):
     with Lift(Recorder(), torch.float64, codes=codes):
         return forward()
 
@@ -59,11 +59,21 @@ def sent_as_bytes() -> torch.Tensor:
     return (torch.cat([codes, codes])[4:].view(torch.float8_e4m3fn).to(X.dtype) * scale) @ W
 
 
-@pytest.mark.parametrize("forward", [sent_in_integers, sent_as_bytes])
-def test_what_is_quantized_to_be_sent_is_what_it_was(forward):
-    got = lifted(forward, codes=True)
+@pytest.mark.parametrize(("forward", "codes"), [(sent_in_integers, {0, 1}), (sent_as_bytes, {0})])
+def test_what_is_quantized_to_be_sent_is_what_it_was(forward, codes):
+    got = lifted(forward, codes=codes)
     assert torch.allclose(got, X @ W, rtol=1e-13, atol=1e-13)
     assert not torch.allclose(forward(), X @ W, rtol=1e-5, atol=1e-5)
+
+
+def test_the_quantizers_that_are_lifted_are_those_of_their_places():
+    def both():
+        kept = torch.zeros_like(X, dtype=torch.float8_e4m3fn).copy_(X)  # two places
+        return kept.double() + (X * 3).round(), (X * 5).round()
+
+    first, second = lifted(both, codes={3})
+    assert torch.equal(first, both()[0])
+    assert torch.equal(second, X * 5)
 
 
 def test_a_quantizer_stays_where_casts_alone_are_lifted():
@@ -74,8 +84,8 @@ def test_a_quantizer_stays_where_casts_alone_are_lifted():
 
 def test_codes_that_are_written_to_a_buffer_are_refused():
     buffer = torch.zeros(4, 16, dtype=torch.int8)
-    with pytest.raises(Unliftable, match="which may be codes"):
-        lifted(lambda: buffer.copy_((X * 3).round()), codes=True)
+    with pytest.raises(Unliftable, match="writes codes to a buffer"):
+        lifted(lambda: buffer.copy_((X * 3).round()), codes={0, 1})
 
 
 def test_weights_that_are_narrow_already_are_what_they_are():

@@ -22,9 +22,9 @@ CastKey = tuple[str, str, str]
 """The module's FQN, the source dtype, the target dtype."""
 
 _INTEGERS = "integers"
-TO_INTEGERS = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc"}
+_TO_INTEGERS = {"aten::round", "aten::floor", "aten::ceil", "aten::trunc"}
 
-EIGHT_BITS = (torch.int8, torch.uint8)
+_EIGHT_BITS = (torch.int8, torch.uint8)
 """What floating values become in a quantizer of integers, rounded first or not."""
 
 _PRODUCTS = {
@@ -54,19 +54,24 @@ class Codes:
     ) -> None:
         self.found: dict[CastKey, None] = {}
         self.sent: set[int] = set()
+        self.reaching: set[int] = set()
+        """Those that some collective sends, [Sent] or not."""
         self._alone = alone
         self._known = frozenset(sent)
-        self._casts: list[CastKey] = []
+        self.casts: list[CastKey] = []
         self._held = WeakIdKeyDictionary()
 
-    def note(self, func: Any, key: CastKey, result: torch.Tensor) -> bool | None:
+    def note(
+        self, func: Any, fqn: str, source: torch.dtype | None, result: torch.Tensor
+    ) -> bool | None:
         """Note what an op gave; say whether that is a code, or rounding, None for neither."""
-        integers = plain_name(func) in TO_INTEGERS or not result.dtype.is_floating_point
-        if not integers and (result.dtype.itemsize > 1 or key[1] == key[2]):
+        if not makes_codes(func, source, result.dtype):
             return None
-        key = (*key[:2], _INTEGERS) if integers else key
-        place = len(self._casts)
-        self._casts.append(key)
+        integers = rounds(func) or not result.dtype.is_floating_point
+        target = _INTEGERS if integers else dtype_name(result.dtype)
+        key = (fqn, dtype_name(source or result.dtype), target)
+        place = len(self.casts)
+        self.casts.append(key)
         self._held[result] = frozenset({place})
         if place in self._known and not integers:
             return False
@@ -75,7 +80,7 @@ class Codes:
 
     def follow(self, func: Any, args: Sequence[Any], results: Sequence[Any]) -> None:
         """Note that results hold what the arguments held, unless it was multiplied out."""
-        if not self._casts or plain_name(func) in _PRODUCTS:
+        if not self.casts or plain_name(func) in _PRODUCTS:
             return
         places = self._places(args)
         if places:
@@ -85,26 +90,60 @@ class Codes:
 
     def send(self, op: str, detail: str, args: Sequence[Any]) -> None:
         """Note that a collective sends what these arguments hold."""
-        if not self._casts or (op in _SUMS and detail in ("max", "min")):
+        if not self.casts or (op in _SUMS and detail in ("max", "min")):
             return
-        for place in self._places(args):
-            if op in _SUMS or (self._alone is not None and self._casts[place] not in self._alone):
+        places = self._places(args)
+        self.reaching |= places
+        for place in places:
+            if op in _SUMS or (self._alone is not None and self.casts[place] not in self._alone):
                 self.sent.add(place)
 
     @property
     def rounding(self) -> list[CastKey]:
         """The casts that are [Sent] and have a last place."""
-        sent = [self._casts[place] for place in sorted(self.sent)]
+        sent = [self.casts[place] for place in sorted(self.sent)]
         return [key for key in sent if key[2] != _INTEGERS]
-
-    @property
-    def kept(self) -> list[CastKey]:
-        """The casts that are not [Sent]: what they give stays on this rank."""
-        return [key for place, key in enumerate(self._casts) if place not in self.sent]
 
     def _places(self, args: Sequence[Any]) -> frozenset[int]:
         held = (self._held.get(tensor) for tensor in _tensors(args))
         return frozenset().union(*(places for places in held if places))
+
+
+def makes_codes(func: Any, source: torch.dtype | None, target: torch.dtype) -> bool:
+    """Whether an op that gives `target` quantizes; `source`: its most precise floating operand."""
+    if rounds(func):
+        return target.is_floating_point
+    if target in _EIGHT_BITS:
+        return source is not None
+    return target.is_floating_point and target.itemsize == 1 and source not in (None, target)
+
+
+def rounds(func: Any) -> bool:
+    """Whether an op rounds to whole numbers."""
+    return plain_name(func) in _TO_INTEGERS
+
+
+def widest(args: Sequence[Any]) -> torch.dtype | None:
+    """Return the most precise floating dtype among tensor arguments (the source of a cast)."""
+    best: torch.dtype | None = None
+    for arg in args:
+        candidates = arg if isinstance(arg, (list, tuple)) else (arg,)
+        for value in candidates:
+            if isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.ndim:
+                if best is None or dtype_eps(value.dtype) < dtype_eps(best):
+                    best = value.dtype
+    return best
+
+
+@functools.cache
+def dtype_eps(dtype: torch.dtype) -> float:
+    """Return torch.finfo(dtype).eps, looked up once."""
+    return torch.finfo(dtype).eps
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(args: Any) -> Iterator[torch.Tensor]:

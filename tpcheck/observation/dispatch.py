@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 
 from tpcheck.groups.base import Recorder
-from tpcheck.observation.codes import EIGHT_BITS, CastKey, Codes, plain_name
+from tpcheck.observation.codes import CastKey, Codes, dtype_eps, dtype_name, plain_name, widest
 from tpcheck.observation.dispatch_mode import PlainMode
 from tpcheck.trace import NarrowCast
 
@@ -199,19 +199,14 @@ class Watch(PlainMode):
 
     def _seen(self, func: Any, args: tuple[Any, ...], result: torch.Tensor) -> torch.Tensor:
         """Note a result that is narrower than its operands, or than what the subject was given."""
-        widest = _widest(args)
-        if not result.dtype.is_floating_point:
-            if widest is not None and result.dtype in EIGHT_BITS:
-                self.codes.note(func, (self._recorder.fqn, _name(widest), ""), result)
+        fqn, source = self._recorder.fqn, widest(args)
+        if self.codes.note(func, fqn, source, result) or not result.dtype.is_floating_point:
             return result
-        source = widest or result.dtype
-        if self.codes.note(func, (self._recorder.fqn, _name(source), _name(result.dtype)), result):
-            return result
-        cast = widest is not None and _eps(result.dtype) > _eps(widest)
-        narrow = self._wanted is not None and _eps(result.dtype) > _eps(self._wanted)
+        cast = source is not None and dtype_eps(result.dtype) > dtype_eps(source)
+        narrow = self._wanted is not None and dtype_eps(result.dtype) > dtype_eps(self._wanted)
         if not cast and (not narrow or _overload(func) in _EXACT or _is_view(func)):
             return result
-        key = (self._recorder.fqn, _name(source), _name(result.dtype))
+        key = (fqn, dtype_name(source or result.dtype), dtype_name(result.dtype))
         self._casts[key] = self._casts.get(key, 0) + 1
         if self._perturb is None:
             return result
@@ -287,33 +282,12 @@ def _overload(func: Any) -> str:
     return plain_name(func) + "".join(func.name().partition(".")[1:])
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def half_ulp_noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return `x` moved by at most half an ulp per element before rounding back to its dtype."""
     wide = x.detach().to("cpu", torch.float64)
     noise = torch.rand(wide.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1)
-    moved = wide * (1 + noise * (_eps(x.dtype) / 2))
+    moved = wide * (1 + noise * (dtype_eps(x.dtype) / 2))
     return torch.where(wide.isfinite(), moved, wide).to(x.device, x.dtype)
-
-
-@functools.cache
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps
-
-
-def _widest(args: Sequence[Any]) -> torch.dtype | None:
-    """Return the most precise floating dtype among tensor arguments (the source of a cast)."""
-    best: torch.dtype | None = None
-    for arg in args:
-        candidates = arg if isinstance(arg, (list, tuple)) else (arg,)
-        for value in candidates:
-            if isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.ndim:
-                if best is None or _eps(value.dtype) < _eps(best):
-                    best = value.dtype
-    return best
 
 
 def _first_tensor(args: Any) -> torch.Tensor | None:

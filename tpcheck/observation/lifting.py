@@ -11,19 +11,18 @@ and are measured as ever. What cannot be followed is refused, and nothing then r
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from tpcheck.groups.base import Recorder
-from tpcheck.observation.codes import TO_INTEGERS, plain_name
+from tpcheck.observation.codes import makes_codes, rounds, widest
 from tpcheck.observation.dispatch_mode import PlainMode
 
 _NARROW = frozenset({torch.bfloat16, torch.float16})
-_FLOAT_CODES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
-_CODES = frozenset({torch.int8, torch.uint8, torch.int16, torch.int32})
-"""What a quantizer of integers gives, and what its integers are added up in."""
+_INTEGERS = frozenset({torch.int16, torch.int32})
+"""What codes of 8 bits are added up in."""
 _DISTRIBUTED = ("c10d", "_c10d_functional")
 
 
@@ -37,19 +36,22 @@ class Lift(PlainMode):
     Args:
         recorder: says when a TPGroup's own code runs, which is left alone.
         wide: the dtype to compute in.
-        codes: lift quantizers as well: round and its like give what they were given, and what was
-            cast to 8 bits or to integers, or is viewed as bytes to be sent, stays what it is.
+        codes: which quantizers to lift as well, by their place in the forward (Codes.sent): these
+            give what they were given, and that may be viewed as bytes, or cast to the integers that
+            codes are added up in, and stays what it is.
 
     Raises:
         Unliftable: from an op that reads bits as another dtype, or is not torch's own.
     """
 
-    def __init__(self, recorder: Recorder, wide: torch.dtype, *, codes: bool = False) -> None:
+    def __init__(
+        self, recorder: Recorder, wide: torch.dtype, *, codes: Collection[int] = ()
+    ) -> None:
         super().__init__()
         self._recorder = recorder
         self._wide = wide
-        self._codes = codes
-        self._narrow = _NARROW | _FLOAT_CODES if codes else _NARROW
+        self._codes = frozenset(codes)
+        self._place = 0
 
     def __torch_dispatch__(
         self,
@@ -61,31 +63,38 @@ class Lift(PlainMode):
         kwargs = kwargs or {}
         if self._recorder.inside or func.namespace in _DISTRIBUTED:
             return func(*args, **kwargs)
-        name = func.name()
-        if name == "aten::view.dtype" and self._codes and self._stands_for_bytes(*args):
-            return args[0].view(args[0].shape)
-        if func.namespace not in ("aten", "prims") or name == "aten::view.dtype":
-            raise Unliftable(f"{name} cannot be computed in {self._wide}")
-        if self._codes and plain_name(func) in TO_INTEGERS:
-            return args[0].clone()
-        if self._codes and name == "aten::_to_copy" and args[0].dtype.is_floating_point:
-            kwargs = _cast(kwargs, self._wide, _CODES)
+        if self._codes and self._is_lifted_code(func, args, kwargs):
+            return args[0].to(self._wide, copy=True)
+        if func.namespace not in ("aten", "prims") or func.name() == "aten::view.dtype":
+            raise Unliftable(f"{func.name()} cannot be computed in {self._wide}")
         if _shares_memory(func):
             return func(*args, **kwargs)
         places, names = _written(func)
         targets = [args[i] for i in places if i < len(args)] + [kwargs.get(n) for n in names]
-        dtypes = {x.dtype for x in targets if isinstance(x, torch.Tensor)}
-        if self._codes and dtypes & _CODES:
-            raise Unliftable(f"{name} writes to integers, which may be codes")
-        narrow = dtypes & self._narrow
-        to, only = (narrow.pop(), None) if narrow else (self._wide, self._narrow)
+        narrow = {x.dtype for x in targets if isinstance(x, torch.Tensor)} & _NARROW
+        to, only = (narrow.pop(), None) if narrow else (self._wide, _NARROW)
         return func(
             *(x if i in places else _cast(x, to, only) for i, x in enumerate(args)),
             **{key: x if key in names else _cast(x, to, only) for key, x in kwargs.items()},
         )
 
-    def _stands_for_bytes(self, x: torch.Tensor, dtype: torch.dtype) -> bool:
-        return x.dtype == self._wide and dtype.itemsize == 1
+    def _is_lifted_code(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether an op gives codes to lift, or makes something else of codes that were."""
+        name, given, asked = func.name(), args[0] if args else None, kwargs.get("dtype")
+        if not isinstance(given, torch.Tensor):
+            return False
+        if name == "aten::view.dtype":
+            return given.dtype == self._wide and args[1].itemsize == 1
+        if asked is None and not rounds(func) and not _written(func)[0]:
+            return False
+        if not makes_codes(func, widest(args), asked or given.dtype):
+            return given.dtype == self._wide and name == "aten::_to_copy" and asked in _INTEGERS
+        self._place += 1
+        if self._place - 1 not in self._codes:
+            return False
+        if name != "aten::_to_copy" and (not rounds(func) or _written(func)[0]):
+            raise Unliftable(f"{name} writes codes to a buffer, or makes one for them")
+        return True
 
 
 def _cast(value: Any, to: torch.dtype, only: frozenset[torch.dtype] | None = None) -> Any:
