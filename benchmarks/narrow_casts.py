@@ -113,15 +113,16 @@ def chunk(seed: int, count: int) -> list[dict[str, Any]]:
         )
         (verdict,) = report.verdicts
         facts = verdict.checks["structural"].facts
+        floor = facts.get("with_casts", facts)
         rows.append(
             {
                 "kind": ("faulty" if faulty else "clean")
                 + (", TP=N alone casts" if alone else ", every degree casts"),
                 "outcome": verdict.outcome,
                 "structural": verdict.checks["structural"].outcome,
-                "lifted": "lifted" in facts,
-                "limit": facts.get("limit"),
-                "relative_rms": facts.get("relative_rms"),
+                "lifted": "with_casts" in facts,
+                "limit": floor.get("limit"),
+                "relative_rms": floor.get("relative_rms"),
                 "smallest_bug": facts.get("smallest_bug"),
                 "point": asdict(point),
                 "reasons": verdict.reasons,

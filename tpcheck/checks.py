@@ -75,10 +75,10 @@ def structural(evidence: Evidence) -> Check:
     if evidence.lifted is None:
         return Check(PASS, "", facts)
     lifted = structural(evidence.lifted)
-    facts |= {"smallest_bug": lifted.facts["limit"], "lifted": lifted.facts}
+    source = f"{lifted.facts['source']} but those that were lifted: {floor.source}"
+    facts = {**lifted.facts, "source": source, "with_casts": facts}
     if lifted.outcome != FAIL:
         return Check(PASS, "", facts)
-    facts |= {"worst_input": lifted.facts.get("worst_input", where)}
     return Check(FAIL, f"with its own casts below float32 lifted, {lifted.reason}", facts)
 
 

@@ -89,8 +89,9 @@ def test_clean_code_with_hard_casts_passes(cast, dtype):
     found = verdict_of(decoder(cast), dtype=dtype)
     structural = found.checks["structural"]
     assert structural.outcome == "PASS", structural.reason
-    assert structural.facts["limit"] > 1e-3
-    assert structural.facts["smallest_bug"] == 1e-12
+    assert structural.facts["with_casts"]["limit"] > 1e-3
+    assert structural.facts["limit"] == structural.facts["smallest_bug"] == 1e-12
+    assert "but those that were lifted: half an ulp at the subject's" in structural.facts["source"]
 
 
 @pytest.mark.parametrize("cast", CASTS)
@@ -100,8 +101,9 @@ def test_a_bug_far_below_the_noise_of_the_casts_is_found(cast, fault):
     structural = found.checks["structural"]
     assert found.outcome == "WRONG"
     assert structural.reason.startswith("with its own casts below float32 lifted, ")
-    assert structural.facts["relative_rms"] < structural.facts["limit"]
-    assert structural.facts["lifted"]["relative_rms"] > structural.facts["lifted"]["limit"]
+    with_casts = structural.facts["with_casts"]
+    assert with_casts["relative_rms"] < with_casts["limit"]
+    assert structural.facts["relative_rms"] > structural.facts["limit"]
 
 
 def test_a_coarser_wire_that_hides_in_the_drift_of_the_whole_is_said():
@@ -115,7 +117,7 @@ def test_code_that_reads_its_bits_is_judged_by_the_noise_floor():
     found = verdict_of(decoder(reads_bits=True))
     structural = found.checks["structural"]
     assert structural.outcome == "PASS"
-    assert "lifted" not in structural.facts
+    assert "with_casts" not in structural.facts
     assert structural.facts["smallest_bug"] == structural.facts["limit"] > 1e-3
 
 
