@@ -81,6 +81,23 @@ def own_scattered_calls(tp):
 
 
 @tpcheck.subject(vocab_size=VOCAB, seq_len=16)
+def own_pieces_with_the_operand(tp):
+    """Sum as Megatron gathers: the operand is one of the pieces that are written."""
+
+    def total(partial):
+        if tp.size == 1:
+            return partial
+        pieces = [torch.empty_like(partial) for _ in range(tp.size)]
+        pieces[tp.rank] = partial
+        torch.distributed.all_gather(pieces, partial, group=tp.process_group)
+        summed = sum(pieces[1:], start=pieces[0].clone()) - partial
+        torch.distributed.all_reduce(partial, group=tp.process_group)
+        return torch.where(summed.isfinite(), partial, summed)
+
+    return _model(tp, 1.0, total)
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=16)
 def own_groups(tp):
     """Sum over pairs of ranks, then over the pairs: groups of the subject's own."""
     size = tp.size

@@ -17,7 +17,7 @@ from tpcheck.comparison import relative
 from tpcheck.evidence import distance
 from tpcheck.execution import Task
 from tpcheck.groups.jobs import Job, JobFailed, Ranks
-from tpcheck.inputs import input_order, make_inputs, without_single_rows
+from tpcheck.inputs import fewer_inputs, input_order, make_inputs
 from tpcheck.numerics.drift import ASSUMED_ERROR
 from tpcheck.numerics.ulp import eps
 from tpcheck.observation.codes import CastKey
@@ -115,10 +115,16 @@ class CaseRuns:
         assert self.oracle is not None
         return self.run(replace(self.noisy_task, sent=self.oracle.extras["sent"]), 1)[0]
 
+    @cached_property
+    def rebuilt(self) -> Trace:
+        """TP=1 in `oracle_dtype` once more, after whatever was built before this is asked for."""
+        task = self.exact_task(self._all_lengths, alone=True)
+        return self.run(replace(task, decode=False), 1)[0]
+
     def watch_every_length(self) -> None:
         """From here on, look for casts and choices in the forward of every input."""
         self.task = replace(self.task, watch_all=True)
-        for made in ("oracle", "noisy_alone", "lifted"):
+        for made in ("oracle", "noisy_alone", "rebuilt", "lifted"):
             vars(self).pop(made, None)
 
     @cached_property
@@ -128,7 +134,7 @@ class CaseRuns:
         What they find is beside the point of most cases: they get a quarter of a case's time.
         """
         lifted = copy.copy(self)
-        for made in ("oracle", "base", "noisy_alone"):
+        for made in ("oracle", "base", "noisy_alone", "rebuilt"):
             vars(lifted).pop(made, None)
         lifted.task = replace(self.task, lift=True)
         lifted._timeout_s = self._timeout_s / 4
@@ -195,18 +201,22 @@ class CaseRuns:
         return input_order(self.inputs)
 
     def _first(self, task: Task) -> Trace:
-        """Return TP=1's trace; a subject that is made for more rows than one goes on without it."""
+        """Return TP=1's trace; what is made for more rows, or one length, goes on with these."""
         try:
             return self.run(task, 1)[0]
         except JobFailed as error:
-            fewer = without_single_rows(self.inputs)
-            if error.failure.kind != "raised" or len(fewer) == len(self.inputs):
+            if error.failure.kind != "raised":
                 raise
-        trace = self.run(replace(task, inputs=fewer, order=input_order(fewer)), 1)[0]
-        self.inputs, self.task = fewer, replace(self.task, inputs=fewer)
-        rows = self.case.batch
-        self.notes = (f"inputs: TP=1 raises for one row; only inputs of {rows} rows were run",)
-        return trace
+            raised = error
+        for fewer, note in fewer_inputs(self.inputs, self.case):
+            try:
+                trace = self.run(replace(task, inputs=fewer, order=input_order(fewer)), 1)[0]
+            except JobFailed:
+                continue
+            self.inputs, self.task = fewer, replace(self.task, inputs=fewer)
+            self.notes = (note,)
+            return trace
+        raise raised
 
     def start_clock(self) -> None:
         """Give the runs that follow `timeout_s` together."""

@@ -40,6 +40,15 @@ def rank_agreement(evidence: Evidence) -> Check:
 
 def repeatability(evidence: Evidence) -> Check:
     """Inputs A, B, A on one built subject: the second A has the first one's bits on every rank."""
+    if (again := evidence.rebuilt) is not None and evidence.oracle is not None:
+        other = [key for key in again.digests if again.digests[key] != evidence.oracle.digests[key]]
+        if other and not _on_gpu(again):
+            return Check(
+                FAIL,
+                f"{other[0]}: TP=1 in {evidence.oracle_dtype} gave other bits when it was built"
+                " again: build(tp) leaves state behind that the next one finds (a cached module, a"
+                " global), or chance decides",
+            )
     seen = False
     runs = ((evidence.oracle, evidence.exact), (evidence.base, evidence.deployed))
     for alone, traces in runs:

@@ -37,10 +37,11 @@ class Evidence:
     oracle: TP=1 in the widest dtype; exact: TP=N in it. base, deployed: the same in the deployed
     dtype, with routing pinned to the oracle's where the subject picks by top-k. elsewhere: TP=N and
     TP=1 in the oracle's dtype as `structural` holds them together where `exact` has another reason
-    to differ: on other weights, where at these a value lies between two codes; or without the
-    codes that only TP=N sends.
-    flipped: the outputs that drift leaves out, because in TP=N's run of them one does. lifted:
-    TP=1 and TP=N in the oracle's dtype once more, without the subject's own casts below float32.
+    to differ: on other weights, where at these a value lies between two codes; or without the codes
+    that only TP=N sends. rebuilt: TP=1 in the oracle's dtype built and run once more, after the
+    others. flipped: the outputs that drift leaves out, because in TP=N's run of them one does.
+    lifted: TP=1 and TP=N in the oracle's dtype once more, without the subject's own casts below
+    float32.
     """
 
     dtype: str
@@ -63,6 +64,7 @@ class Evidence:
     elsewhere: tuple[Trace, Trace] | None = None
     flipped: frozenset[str] = frozenset()
     lifted: Evidence | None = None
+    rebuilt: Trace | None = None
 
     @property
     def exact_pair(self) -> tuple[Trace, Trace]:

@@ -22,11 +22,18 @@ from tpcheck.observation.consumption import Consumption, offer_weights, one_ulp_
 from tpcheck.observation.dispatch import Choice, Watch
 from tpcheck.observation.injection import reduction_noise
 from tpcheck.observation.lifting import Lift
-from tpcheck.observation.modules import ModuleTracer, fqn_hooks, replay_modules, traced_modules
+from tpcheck.observation.modules import (
+    ModuleTracer,
+    fqn_hooks,
+    held_modules,
+    replay_modules,
+    traced_modules,
+)
 from tpcheck.observation.own_calls import OwnCalls, sums_of
 from tpcheck.observation.planting import Plant, Planter
 from tpcheck.observation.program import Program
 from tpcheck.observation.recording import Recording
+from tpcheck.observation.whereabouts import building, running
 from tpcheck.outputs import checked_shards, whole
 from tpcheck.spec import ModelSpec
 from tpcheck.subjects import Subject, SubjectRef, resolve, with_spec
@@ -180,15 +187,16 @@ def _build(subject: Subject, group: RecordedGroup, consumption: Consumption) -> 
     if subject.options.specs is not None and subject.options.spec is not None:
         arguments = (group, subject.options.spec)
     offered = subject.options.weights is not None
-    with consumption.watching() if offered else contextlib.nullcontext():
+    watching = consumption.watching() if offered else contextlib.nullcontext()
+    with watching, building(subject.name):
         forward = subject.build(*arguments)
     if not callable(forward):
         raise SubjectError(
             f"{subject.name}: build(tp) returned {type(forward).__name__},"
             " but should return a callable forward(inputs) -> logits"
         )
-    if isinstance(forward, torch.nn.Module):
-        forward.eval()
+    for module in held_modules(forward).values():
+        module.eval()
     return forward
 
 
@@ -270,12 +278,13 @@ class _Runner:
         arguments = self._arguments(input_id)  # out here: rounding them is no cast of the subject's
         # Inside the mode that hands calls on, the watching one does not see what that does to them.
         own_calls = self._own_calls or contextlib.nullcontext()
-        with own_calls, self._watching(name, input_id), self._lifting(name):
+        within = running(self._group, name, arguments)
+        with within, own_calls, self._watching(name, input_id), self._lifting(name):
             output = self._checked(name, function(*arguments))
         self._collectives[name] = self._group.recorder.take()
         if output is None:
             return
-        self._digests[name] = self._group.digests.of(name, output)
+        self._digests[name] = self._group.digest(name, output)
         if self._group.rank == 0 or self._task.every_output:
             self._outputs[name] = output
 

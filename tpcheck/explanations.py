@@ -25,6 +25,9 @@ from tpcheck.trace import Trace
 _OTHER_CODES = 5
 """Weights an ulp apart that a difference is tried with where values are quantized; most of them
 decide. Where one case in twenty has a value between two codes, three of five do in one of 900."""
+_MOST_ROUNDINGS = 10.0
+"""Where TP=1's output moves by more eps of its narrowest cast than this, it is built again. A look
+costs a run, and no verdict rests on the number."""
 _TIE = 1e-9
 """A choice between values closer than this (relative) is a tie that float64 rounding may break."""
 
@@ -40,6 +43,7 @@ def explained(
     evidence = _with_full_outputs(runs, evidence)
     evidence = _with_every_length_watched(runs, evidence)
     evidence = _with_noise_floor(runs, evidence)
+    evidence = _with_another_build(runs, evidence)
     evidence, notes = _with_ties_pinned(runs, evidence)
     evidence, more = _with_other_codes(runs, evidence)
     evidence, wire = _with_casts_lifted(runs, evidence)
@@ -105,6 +109,20 @@ def _with_noise_floor(runs: CaseRuns, evidence: Evidence) -> Evidence:
     noisy = runs.run(replace(runs.noisy_task, sent=_sent(evidence)), evidence.tp_size)[0]
     moved.append((noisy, still))
     return replace(evidence, floor=noise_floor(casts, moved, codes=bool(runs.codes)))
+
+
+def _with_another_build(runs: CaseRuns, evidence: Evidence) -> Evidence:
+    """What build(tp) leaves behind (a cached module, rounded to another dtype), the next one finds.
+
+    Then TP=N differs by more than its own code, or TP=1 moves by more than its casts do. So where
+    either is the case, TP=1 is built again, and has to give the same bits.
+    """
+    if evidence.oracle is None or not evidence.exact:
+        return evidence
+    moved = evidence.floor.relative_rms > _MOST_ROUNDINGS * eps(evidence.floor.tier)
+    if not moved and structural(evidence).outcome != FAIL:
+        return evidence
+    return replace(evidence, rebuilt=runs.rebuilt)
 
 
 def _with_ties_pinned(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:

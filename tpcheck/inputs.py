@@ -8,7 +8,7 @@ can be, and every second one stands at the edge of a vocabulary shard, where mas
 
 [One Row] Engines lay the rows of a batch one behind the other and deal out all tokens together. Two
 rows are never one token, and never leave a remainder at TP=2: so one row is run too, with one token
-and with tp+1. A subject may be made for more rows: then it runs without (`without_single_rows`).
+and with tp+1. A subject may be made for more rows: then it runs without (`fewer_inputs`).
 
 [Shard Edges] Where a rank's vocabulary ends depends on how it is padded. A and B together hold the
 last row of one shard and the first of the next for every way that engines have.
@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -123,9 +123,16 @@ def input_order(inputs: Inputs, tp_size: int | None = None) -> tuple[str, ...]:
     return (*lengths, "A", "B", "A")
 
 
-def without_single_rows(inputs: Inputs) -> Inputs:
-    """Return the inputs that have as many rows as the case."""
-    return {key: arguments for key, arguments in inputs.items() if not key.startswith("row")}
+def fewer_inputs(inputs: Inputs, case: Case) -> Iterator[tuple[Inputs, str]]:
+    """Yield what is left for a subject that cannot take them all, and why it is: of all lengths
+    those with the case's rows, then those of its length."""
+    for prefixes, why in (
+        (("row",), f"one row; only inputs of {case.batch} rows were run"),
+        (("row", "t"), f"other lengths than {case.seq_len}; only inputs of that were run"),
+    ):
+        fewer = {key: value for key, value in inputs.items() if not key.startswith(prefixes)}
+        if len(fewer) < len(inputs):
+            yield fewer, f"inputs: TP=1 raises for {why}"
 
 
 def token_ids(

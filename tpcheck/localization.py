@@ -11,6 +11,7 @@ partials names the rank and the factor. Placements that nobody declared: [Undecl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -18,7 +19,7 @@ from tpcheck.comparison import as_float64, compare, describe_region, mask_differ
 from tpcheck.numerics.regression import most_scaled_rank
 from tpcheck.observation.modules import PointRecord
 from tpcheck.placement import Partial, Placement, Replicate, Slices
-from tpcheck.reconciliation import infer, reconciled, relative_rms, rms, widened
+from tpcheck.reconciliation import displaced, infer, reconciled, relative_rms, rms, widened
 from tpcheck.records import FirstDivergence
 from tpcheck.trace import Trace
 
@@ -44,6 +45,7 @@ def locate(
         ratio_limit: see `base`.
     """
     points = _points(reference)
+    before = ""
     for fqn in sorted(points, key=lambda name: points[name].finished):
         want = points[fqn].output
         if want is None:
@@ -56,8 +58,36 @@ def locate(
         else:
             found = _judge_holders(fqn, points[fqn], traces, allowed)
         if found is not None:
-            return found
+            remark = _remark_on(before, points, traces, allowed) if found.index else ""
+            return replace(found, detail="; ".join(filter(None, [found.detail, remark])))
+        before = fqn
     return None
+
+
+def _remark_on(fqn: str, points: Points, traces: Sequence[Trace], allowed: float) -> str:
+    """Say of the module that returned last before the first divergence what nothing else tells.
+
+    Partial sums are no fault of the module that gives them, nor is a shape that cannot be read as
+    TP=1's; what takes them as they are is only where it shows.
+    """
+    want = points[fqn].output if fqn else None
+    records = [_points(trace)[fqn] for trace in traces if fqn in _points(trace)]
+    outputs = [record.output for record in records if record.output is not None]
+    if want is None or len(outputs) != len(traces):
+        return ""
+    if all(output.numel() != want.numel() or output.ndim != want.ndim for output in outputs):
+        if infer(outputs, want, allowed) is None:
+            shapes = f"{list(outputs[0].shape)}, and {list(want.shape)} at TP=1"
+            return f"{fqn}, before it, gives shape={shapes}"
+        return ""
+    placements = infer(outputs, want, allowed)
+    if placements is None or not isinstance(placements[0], Partial):
+        return ""
+    summed = [partial for record in _points(traces[0]).values() for partial in record.partials]
+    summed += traces[0].extras.get("outside", ())
+    if any(torch.equal(operand, outputs[0]) for _, operand, _ in summed):
+        return ""
+    return f"{fqn}, before it, gives partial sums that no all-reduce adds up"
 
 
 def _judge_point(
@@ -71,7 +101,7 @@ def _judge_point(
     ]
     outputs = [record.output for record in records]
     if any(output is None for output in outputs):
-        return None
+        return _judge_holders(fqn, reference, traces, allowed)
     declared = [record.out_placement for record in records]
     placements = declared if declared[0] is not None else infer(outputs, want, allowed)
     if placements is None:
@@ -88,6 +118,8 @@ def _judge_point(
     if declared[0] is None:
         notes.append(_reading(placements))
     blamed, text = (None, "") if replayed else _blame_for_input(records, reference, allowed)
+    if not text and exact:  # rounding makes few tokens of a channel look like another's
+        text = displaced(outputs, placements, want, allowed)
     if not text:
         attribute = _attribution if exact else _regression
         blamed, text = attribute(records, reference, placements[0], got, allowed)
@@ -105,6 +137,8 @@ def _judge_holders(
     fqn: str, reference: PointRecord, traces: Sequence[Trace], allowed: float
 ) -> FirstDivergence | None:
     """Judge a module that some ranks have, as an expert: given the same, it has to give the same.
+
+    So it is with what one rank alone returns, as the logits of an engine that gathers them.
 
     Given something else, or a piece of it, there is nothing to hold it against.
     """
@@ -138,6 +172,8 @@ def _place(got: torch.Tensor, want: torch.Tensor, allowed: float) -> str:
 
 def _reading(placements: Sequence[Placement]) -> str:
     kind = placements[0]
+    if isinstance(kind, Partial):
+        return f"read as {kind}, since the ranks differ and none is right"
     if not isinstance(kind, Slices):
         return f"read as {kind}"
     several = len(kind.pieces) > 1

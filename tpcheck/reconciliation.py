@@ -10,7 +10,8 @@ last pieces are pads counts as one whose sizes add up.
 
 [Fused Layers] A layer that fuses several, [q | k | v], is cut part by part: rank r gives q_r, k_r,
 v_r, and what the ranks give, end to end, is no Shard of what TP=1 gives. Where each rank's channels
-are runs of the reference's, and each run goes on where that of the rank before ends, it is read so.
+are runs of the reference's in its order, and each goes on where that of the rank before ends, it is
+read so.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from tpcheck.placement import Partial, Placement, Replicate, Shard, Slices
 
 _MOST_PARTS = 8
 """Of a fused layer. An input projection of Mamba 2 has five, of a gated delta net six."""
+
+_MOST_MOVED = 64
+"""Slices that a layer gives in another order: as many as it has heads, at worst."""
 
 Run = tuple[int, int]
 """The channels [start, stop) of the reference that a rank's next channels are."""
@@ -103,6 +107,8 @@ def _in_rank_order(ranks: Sequence[Sequence[Run]]) -> bool:
     parts = len(ranks[0])
     if parts < 2 or any(len(runs) != parts for runs in ranks):
         return False
+    if list(ranks[0]) != sorted(ranks[0]):  # TP=1 has the parts in another order
+        return False
     return all(
         here[1] == there[0]
         for part in range(parts)
@@ -141,16 +147,54 @@ def _pieces(
     return pieces
 
 
-def _runs(output: torch.Tensor, want: torch.Tensor, dim: int, allowed: float) -> Sequence[Run]:
+def displaced(
+    outputs: Sequence[torch.Tensor],
+    placements: Sequence[Placement],
+    want: torch.Tensor,
+    allowed: float,
+) -> str:
+    """Say which of the reference's slices the ranks hold in place of their own, if it is that."""
+    kind = placements[0]
+    if isinstance(kind, Shard):
+        moved = []
+        for rank, [(output, own)] in enumerate(_held_and_wanted(outputs, placements, want)):
+            if relative_rms(output, own) <= _close(allowed):  # a channel of zeros is any of them
+                continue
+            held = _runs(output, want, kind.dim, allowed, _MOST_MOVED)
+            moved += [f"rank {rank} holds {_spans(held)}"] if held else []
+        if moved:
+            more = ", ..." if len(moved) > 3 else ""
+            return f"of TP=1's dim {kind.dim}, {', '.join(moved[:3])}{more}"
+    if isinstance(kind, Replicate):
+        odd = next(output for output in outputs if relative_rms(output, want) > allowed)
+        for dim in reversed(range(want.ndim)):
+            held = _runs(odd, want, dim, allowed, _MOST_MOVED)
+            if held and relative_rms(odd, want) > _close(allowed):
+                return f"it is made of {_spans(held)} of TP=1's dim {dim}"
+    return ""
+
+
+def _spans(runs: Sequence[Run]) -> str:
+    said = [f"{start}:{stop}" for start, stop in runs[:3]] + ["..."] * (len(runs) > 3)
+    return " + ".join(said)
+
+
+def _close(allowed: float) -> float:
+    """Return how far off a channel is the same one: another is off by more than either of them."""
+    return min(10 * allowed, 0.5)
+
+
+def _runs(
+    output: torch.Tensor, want: torch.Tensor, dim: int, allowed: float, most: int = _MOST_PARTS
+) -> Sequence[Run]:
     """Return which of the reference's channels a rank's are; none if they are no few runs."""
     own_cN = as_float64(output.movedim(dim, 0)).flatten(1)
     all_CN = as_float64(want.movedim(dim, 0)).flatten(1)
-    # Channels that are not the same one are off by more than either of them.
-    close = min(10 * allowed, 0.5) * rms(all_CN)
+    close = _close(allowed) * rms(all_CN)
     runs: list[Run] = []
     done = 0
     while done < len(own_cN):
-        if len(runs) == _MOST_PARTS:
+        if len(runs) == most:
             return []
         start = int((all_CN - own_cN[done]).square().mean(1).argmin())
         length = min(len(own_cN) - done, len(all_CN) - start)

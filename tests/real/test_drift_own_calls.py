@@ -53,6 +53,7 @@ def reduction(report: tpcheck.Report) -> Json:
         "own_functional_calls",
         "own_scattered_calls",
         "own_reduce_and_broadcast",
+        "own_pieces_with_the_operand",
     ],
 )
 def test_own_sums_have_the_numbers_of_the_same_sums_through_tpgroup(subject: str) -> None:

@@ -572,6 +572,24 @@ def test_a_subject_made_for_two_rows_runs_without_one(float64):
     assert "inputs: TP=1 raises for one row; only inputs of 2 rows were run" in verdict.reasons
 
 
+def test_a_subject_made_for_one_length_runs_with_that():
+    @subject
+    def build(tp):
+        weights = Weights(tp)
+        positions = tp.weight("positions", 11, HIDDEN)
+
+        def forward(ids):
+            x = weights.embed[ids] + positions
+            return (x + tp.all_reduce(weights.partial(x))) @ weights.full_head.T
+
+        return forward
+
+    (verdict,) = verdicts(build, (2,))
+    assert verdict.outcome == "PASS", verdict.reasons
+    note = "inputs: TP=1 raises for other lengths than 11; only inputs of that were run"
+    assert note in verdict.reasons
+
+
 def test_what_raises_at_one_degree_only_is_an_error():
     build = subject(functools.partial(two_rows_only, wrong=True))
     (verdict,) = verdicts(build, (2,))
@@ -610,3 +628,35 @@ def test_a_cast_at_one_length_only_is_a_cast(factor, outcome):
         return forward
 
     assert outcomes(build) == {outcome}
+
+
+# What a build leaves behind.
+
+
+@functools.cache
+def cached_positions() -> torch.nn.Module:
+    table = torch.nn.Module()
+    angles = torch.outer(torch.arange(16.0), torch.linspace(0.1, 1, HIDDEN))
+    table.register_buffer("cos", angles.cos())
+    return table
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.002])
+def test_a_module_that_outlives_its_build_is_named_as_that(factor):
+    cached_positions.cache_clear()
+
+    @subject
+    def build(tp):
+        weights = Weights(tp)
+        table = cached_positions().to(tp.dtype)  # rounded for every build that follows
+
+        def forward(ids):
+            x = weights.embed[ids] * table.cos[: ids.shape[1]].to(tp.dtype)
+            y = tp.all_reduce(weights.partial(x.float().to(x.dtype)))
+            return (x + y * (factor if tp.size > 1 else 1)) @ weights.full_head.T
+
+        return forward
+
+    for found in verdicts(build):
+        assert found.outcome == "WRONG"
+        assert any("build(tp) leaves state behind" in reason for reason in found.reasons)

@@ -112,7 +112,7 @@ def test_slices_are_put_together():
         ([WANT * 2, WANT * 2], "Replicate()"),
         ([WANT[:1], WANT[1:] * 2], "Shard(dim=0)"),
         ([WANT[:, :2], WANT[:, 2:] * 2], "Shard(dim=1)"),
-        ([WANT / 2, WANT * 2], "Partial(op='sum')"),
+        ([WANT / 2, WANT * 2], "Partial(op='sum'), since the ranks differ and none is right"),
         ([WANT / 2, WANT], "Replicate()"),  # one of them is right: copies
     ],
 )
@@ -384,6 +384,49 @@ def test_regression_in_bfloat16_names_the_rank_that_a_ratio_cannot_see(dealt_out
     assert first(1.0).rank is None
 
 
+# Slices in the wrong place.
+
+
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        ([WANT[:, 4:], WANT[:, :4]], "of TP=1's dim 1, rank 0 holds 4:8, rank 1 holds 0:4"),
+        ([WANT[:, :4], WANT[:, :4]], "of TP=1's dim 1, rank 1 holds 0:4"),
+        ([WANT[2:], WANT[:2]], "of TP=1's dim 0, rank 0 holds 2:4, rank 1 holds 0:2"),
+        ([WANT[:, [0, 1, 4, 5]], WANT[:, [0, 1, 4, 5]]], "rank 0 holds 0:2 + 4:6, rank 1 holds"),
+        ([WANT.roll(4, 1)] * 2, "it is made of 4:8 + 0:4 of TP=1's dim 1"),
+        ([WANT, WANT[:, [7, 6, 5, 4, 3, 2, 1, 0]]], "made of 7:8 + 6:7 + 5:6 + ... of TP=1's dim"),
+        ([WANT[[1, 0, 2, 3]]] * 2, "it is made of 1:2 + 0:1 + 2:4 of TP=1's dim 0"),
+    ],
+)
+def test_slices_in_the_wrong_place_are_told_from_wrong_numbers(outputs, said):
+    assert said in found(WANT, outputs).detail
+
+
+def test_parts_of_a_fused_layer_in_another_order_than_at_tp_1_are_wrong():
+    gate_up, up_gate = [0, 1, 4, 5], [4, 5, 0, 1]
+    assert found(WANT, [WANT[:, gate_up], WANT[:, [2, 3, 6, 7]]]) is None
+    first = found(WANT, [WANT[:, up_gate], WANT[:, [6, 7, 2, 3]]])
+    assert "of TP=1's dim 1, rank 0 holds 4:6 + 0:2, rank 1 holds 6:8 + 2:4" in first.detail
+
+
+@pytest.mark.parametrize(
+    "outputs", [[WANT, WANT * (1 + 3e-12)], [WANT[:2], WANT[2:] * (1 + 3e-12)]]
+)
+def test_numbers_that_are_hardly_off_are_in_their_place(outputs):
+    detail = found(WANT, outputs).detail
+    assert "holds" not in detail
+    assert "made of" not in detail
+
+
+def test_channels_of_nothing_but_zeros_are_in_their_place():
+    want = WANT.clone()
+    want[:, 3:7] = 0
+    first = found(want, [want[:, :4] * 2, want[:, 4:]])
+    assert first.rank == 0
+    assert "holds" not in first.detail
+
+
 # The whole way.
 
 
@@ -416,3 +459,38 @@ def test_until_stops_the_search_and_is_checked():
     assert found.verdicts[0].first_divergence is None
     with pytest.raises(tpcheck.TPCheckError, match="until='nope' is not a traced module"):
         tpcheck.run("builtin:llama-tiny", (2,), backend="sim", until="nope")
+
+
+def beside(given, *, want_before=WANT, sums=((), ())):
+    """Locate where `add` doubles what it should give, after a `row` that gives `given` by rank."""
+    (reference,) = traced({"row": record(want_before, 0), "add": record(WANT, 1)})
+    held = [
+        {"row": record(out, 0), "add": record(WANT * 2, 1, partials=list(own))}
+        for out, own in zip(given, sums, strict=True)
+    ]
+    return locate(reference, traced(*held), limit=1e-12)
+
+
+def test_partial_sums_that_nothing_adds_up_are_told_where_they_first_show():
+    half = WANT / 2
+    uneven = [half + 1, half - 1]
+    first = beside(uneven)
+    assert first.fqn == "add"
+    assert first.detail.endswith("row, before it, gives partial sums that no all-reduce adds up")
+    summed = [[(SUM, out, WANT)] for out in uneven]
+    assert "before it" not in beside(uneven, sums=summed).detail
+
+
+def test_a_shape_that_is_none_of_tp1s_is_told_where_it_first_shows():
+    first = beside([WANT[0], WANT[0]])
+    assert first.fqn == "add"
+    assert first.detail.endswith("row, before it, gives shape=[8], and [4, 8] at TP=1")
+    assert "before it" not in beside([WANT[:2], WANT[2:]]).detail
+
+
+def test_what_one_rank_alone_returns_is_judged_on_what_it_was_given():
+    points = [PointRecord(WANT, out, finished=0) for out in (WANT * 2, None)]
+    (reference,) = traced({"head": PointRecord(WANT, WANT, finished=0)})
+    first = locate(reference, traced(*({"head": point} for point in points)), limit=1e-12)
+    assert (first.fqn, first.rank) == ("head", 0)
+    assert "on the same input" in first.detail

@@ -19,8 +19,9 @@ import pytest
 from tests.drift_reports import entry, profile, report_of, usual
 from tpcheck.cli_commands.output import Outputs
 from tpcheck.errors import TPCheckError
-from tpcheck.records import OUTCOMES, Report
+from tpcheck.records import OUTCOMES, Check, Report
 from tpcheck.render import drift_markdown, pages
+from tpcheck.render.drift import render_drift
 from tpcheck.render.drift_content import NOT_VALID, drift_content
 from tpcheck.render.drift_junit import render_drift_junit
 from tpcheck.render.drift_markdown import render_drift_markdown
@@ -247,6 +248,18 @@ def test_a_report_without_numbers_says_what_it_can(outcome: str) -> None:
     suite = ElementTree.fromstring(render_drift_junit(report))
     red = int(suite.get("failures", "0")) + int(suite.get("errors", "0"))
     assert red == (outcome != "PASS")
+
+
+def test_the_terminal_says_too_why_nothing_was_measured() -> None:
+    held = profile(entry("bfloat16", 1.5, deployed=True), tp_size=2)
+    reason = "a run for it failed: rank 0 raised RuntimeError: no"
+    report = report_of((2, "bfloat16", "PASS", held), (4, "bfloat16", "PASS", None), reason=reason)
+    assert f"no drift was measured: {reason} (tp 4 bfloat16)" in render_drift(report).splitlines()
+    skipped = Check("SKIPPED", "the run did not finish", {"profile": None})
+    verdict = replace(report.verdicts[1], outcome="ERROR", checks={"drift": skipped})
+    stopped = render_drift(replace(report, verdicts=(verdict,), drift=None))
+    assert "no drift was measured" not in stopped  # the check's own reason stands below
+    assert "the run did not finish" in stopped
 
 
 def test_a_report_without_verdicts_or_without_drift_is_a_page_too() -> None:

@@ -2,8 +2,9 @@
 
 Requirement: the first module that leaves its reference has to be found in code we did not write.
 `forward.trace_points` names modules, with placements where the author declared them; a plain
-nn.Module is traced at every named submodule. Where placements are declared a module is also run on
-the reference's own input, so an upstream error is not blamed on what follows.
+nn.Module is traced at every named submodule, also one that a function closes over. Where
+placements are declared a module is also run on the reference's own input, so an upstream error is
+not blamed on what follows.
 """
 
 from __future__ import annotations
@@ -55,14 +56,39 @@ def traced_modules(forward: Any) -> dict[str, TracePoint]:
     """
     declared = getattr(forward, "trace_points", None)
     if declared is None:
-        if not isinstance(forward, torch.nn.Module):
-            return {}
-        return {fqn: TracePoint(module) for fqn, module in forward.named_modules() if fqn}
+        return {
+            fqn: TracePoint(module)
+            for name, held in held_modules(forward).items()
+            for fqn, module in held.named_modules(prefix=name)
+            if fqn
+        }
     if not isinstance(declared, Mapping):
         raise SubjectError(
             "forward.trace_points should be a dict FQN -> module or (module, in, out)"
         )
     return {str(fqn): _point(str(fqn), entry) for fqn, entry in declared.items()}
+
+
+def held_modules(forward: Any) -> dict[str, torch.nn.Module]:
+    """Return prefix -> the modules that a forward is or closes over; one alone has no prefix.
+
+    Most models take more than tokens (positions, a mask, a cache), so what a subject returns is
+    often `lambda ids: model(ids, positions)`, or a method.
+    """
+    if isinstance(forward, torch.nn.Module):
+        return {"": forward}
+    owner = getattr(forward, "__self__", None)
+    if isinstance(owner, torch.nn.Module):
+        return {"": owner}
+    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    held: dict[str, torch.nn.Module] = {}
+    for name, cell in zip(names, getattr(forward, "__closure__", None) or (), strict=True):
+        with contextlib.suppress(ValueError):  # an empty cell
+            if isinstance(cell.cell_contents, torch.nn.Module):
+                held[name] = cell.cell_contents
+    inner = {id(one) for module in held.values() for one in list(module.modules())[1:]}
+    held = {name: module for name, module in held.items() if id(module) not in inner}
+    return {"": next(iter(held.values()))} if len(held) == 1 else held
 
 
 def _point(fqn: str, entry: Any) -> TracePoint:

@@ -133,7 +133,7 @@ class OwnCalls(PlainMode):
             given = _pieces(operand, len(call.reads))
             reads = [piece.clone(memory_format=torch.contiguous_format) for piece in given]
             writes = reads
-            if call.writes[0] is not call.reads[0]:
+            if not call.in_place:
                 writes = [torch.empty_like(one, dtype=operand.dtype) for one in call.writes]
             result = func(*call.arguments(reads, writes), **kwargs)
             dist.Work.unbox(result[-1] if isinstance(result, (tuple, list)) else result).wait()
@@ -203,6 +203,11 @@ class _InPlace:
     process_group: Any
     arguments: Callable[[list[torch.Tensor], list[torch.Tensor]], tuple[Any, ...]]
     root: int | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it writes what it reads; one piece of several may be the operand itself."""
+        return [id(one) for one in self.reads] == [id(one) for one in self.writes]
 
 
 def _all_reduce(args: Any) -> _InPlace:

@@ -8,8 +8,9 @@ of drift_content.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
-from tpcheck.records import Report
+from tpcheck.records import SKIPPED, Report
 from tpcheck.render.content import (
     MAX_SHOWN,
     count_line,
@@ -20,9 +21,11 @@ from tpcheck.render.content import (
     subject_line,
 )
 from tpcheck.render.drift_content import (
+    DriftContent,
     Row,
     drift_content,
     filled_table,
+    no_numbers,
     remarks,
     title,
 )
@@ -42,6 +45,7 @@ def render_drift(report: Report) -> str:
         rows = drift.rows_in(dtype)
         blocks.append("\n".join([title(dtype, rows), *_table(rows), *wrapped(*remarks(rows))]))
         blocks.append("\n".join(wrapped(*drift.sentences_in(dtype))))
+    blocks.append("\n".join(wrapped(*_unmeasured(report, drift))))
     blocks.append(render_fallback(drift.fallback))
     blocks += [render_width(one) for one in drift.width]
     failing = findings(report)
@@ -49,6 +53,18 @@ def render_drift(report: Report) -> str:
     blocks += [f"... and {len(failing) - MAX_SHOWN} more not PASS"] * (len(failing) > MAX_SHOWN)
     blocks.append(_footnotes(report))
     return "\n\n".join(printable(block) for block in blocks if block)
+
+
+def _unmeasured(report: Report, drift: DriftContent) -> list[str]:
+    """Say which verdicts have no row, and why; a check that was skipped is told below."""
+    of_report = zip(report.verdicts, drift.profiles, strict=True)
+    told = tuple(
+        one
+        for verdict, one in of_report
+        if "drift" in verdict.checks and verdict.checks["drift"].outcome != SKIPPED
+    )
+    missing = no_numbers(replace(drift, profiles=told))
+    return [f"no drift was measured: {text}" for text in missing[:MAX_SHOWN]]
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -176,6 +176,20 @@ def sentences(found: Sequence[Row]) -> list[str]:
     return [f"tp {', '.join(degrees)}: {text}" for (_, text), degrees in held]
 
 
+def no_numbers(content: DriftContent) -> list[str]:
+    """Say once per reason which verdicts have no profile."""
+    missing: dict[str, list[str]] = {}
+    for one in content.profiles:
+        if one.profile is None:
+            missing.setdefault(one.reason, []).append(f"tp {one.tp_size} {one.dtype}")
+    said = []
+    for reason, where in missing.items():
+        kept = list(dict.fromkeys(where))
+        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
+        said.append(f"{reason} ({', '.join(kept[:3])}{more})")
+    return said
+
+
 def _listed(names: Sequence[str]) -> str:
     rest = len(names) - MAX_SHOWN
     return ", ".join(names[:MAX_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

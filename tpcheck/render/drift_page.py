@@ -16,6 +16,7 @@ from tpcheck.render.drift_content import (
     DriftContent,
     drift_content,
     filled_table,
+    no_numbers,
     remarks,
     title,
 )
@@ -49,7 +50,7 @@ def render_drift_page(report: Report) -> str:
         "drift.html.j2",
         **common(report),
         dtypes=[_dtype(content, name) for name in content.dtypes()],
-        no_numbers=_no_numbers(content),
+        no_numbers=no_numbers(content)[:MAX_SENTENCES],
         oracle=_oracle(content),
         plots=[_shown(plot(content)) for plot in plots],
         costs=[_cost(one) for one in content.width],
@@ -82,20 +83,6 @@ def _dtype(content: DriftContent, dtype: str) -> dict[str, Any]:
         "sentences_left_out": max(0, len(sentences) - MAX_SENTENCES),
         "remarks": remarks(rows)[:MAX_SENTENCES],
     }
-
-
-def _no_numbers(content: DriftContent) -> list[str]:
-    """Say once per reason which verdicts have no profile."""
-    missing: dict[str, list[str]] = {}
-    for one in content.profiles:
-        if one.profile is None:
-            missing.setdefault(one.reason, []).append(f"tp {one.tp_size} {one.dtype}")
-    said = []
-    for reason, where in list(missing.items())[:MAX_SENTENCES]:
-        kept = list(dict.fromkeys(where))
-        more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
-        said.append(f"{reason} ({', '.join(kept[:3])}{more})")
-    return said
 
 
 def _oracle(content: DriftContent) -> str:

@@ -7,7 +7,6 @@ escapes, so that a report cannot rewrite the terminal it is printed on.
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Sequence
 
@@ -29,12 +28,9 @@ from tpcheck.render.content import (
     split_reasons,
     subject_line,
 )
+from tpcheck.render.stacks import shown_stack, told_once
 
 WIDTH = 110
-MAX_STACK_LINES = 24
-_INNER_FRAME = re.compile(
-    r"[/\\](tpcheck[/\\](groups|execution)|torch[/\\]nn[/\\]modules[/\\]module)\b"
-)
 MAX_RANK_LINES = 20
 """An ERROR is understood from what every rank did, so it shows more than three reasons."""
 
@@ -56,7 +52,7 @@ def render_finding(finding: Finding) -> str:
     lines = [printable(finding.title)]
     limit = MAX_RANK_LINES if finding.verdict.outcome == "ERROR" else MAX_SHOWN
     of_checks, remarks = split_reasons(finding)
-    for reason in [*shortened(of_checks, "reason", limit), *remarks]:
+    for reason in [*shortened(told_once(of_checks), "reason", limit), *remarks]:
         lines += _reason(reason)
     if finding.facts:
         lines.append(_aligned(finding.facts, indent="  "))
@@ -116,32 +112,10 @@ def _fitted(cell: str, width: int = 24) -> str:
 
 
 def _reason(reason: str) -> list[str]:
-    """Wrap the first line; what follows (a stack, aligned facts) keeps its own lines.
-
-    A long stack loses its middle: where it was called and where it stands are at its ends.
-    """
+    """Wrap the first line; what follows (a stack, aligned facts) keeps its own lines."""
     first, _, detail = printable(reason).rstrip().partition("\n")
-    rest = _own_frames(textwrap.dedent(detail).splitlines())
-    lines = _wrapped(first, "  ", "    ")
-    cut = len(rest) - MAX_STACK_LINES
-    if cut > 0:
-        half = MAX_STACK_LINES // 2
-        rest = [*rest[:half], f"... {cut} more lines", *rest[-half:]]
-    return lines + [f"    {line}".rstrip() for line in rest]
-
-
-def _own_frames(lines: list[str]) -> list[str]:
-    """Leave out of a stack the frames between the user's: how tpcheck and torch call a module."""
-    kept = []
-    inner = False
-    for line in lines:
-        if line.lstrip().startswith('File "'):
-            inner = bool(_INNER_FRAME.search(line))
-        elif not line.startswith("  "):
-            inner = False
-        if not inner:
-            kept.append(line)
-    return kept if len(kept) > 1 else lines
+    rest = shown_stack(textwrap.dedent(detail).splitlines())
+    return _wrapped(first, "  ", "    ") + [f"    {line}".rstrip() for line in rest]
 
 
 def _aligned(pairs: Sequence[tuple[str, str]], indent: str) -> str:

@@ -1,0 +1,55 @@
+"""Modules are found in whatever a subject returns: a module, a method, a function around them."""
+
+import torch
+from torch import nn
+
+from tpcheck.observation.modules import traced_modules
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
+
+    def forward(self, x, positions=None):
+        return self.head(self.body(x))
+
+    def logits(self, x):
+        return self.forward(x)
+
+
+NAMES = ["body", "body.0", "head"]
+
+
+def test_a_function_around_one_module_is_traced_as_that_module():
+    model, positions = Model(), torch.arange(3)
+    assert list(traced_modules(model)) == NAMES
+    assert list(traced_modules(lambda x: model(x, positions))) == NAMES
+    assert list(traced_modules(model.logits)) == NAMES
+    head = model.head
+    assert list(traced_modules(lambda x: head(model.body(x)))) == NAMES
+
+
+def test_modules_side_by_side_have_the_names_that_the_function_has_for_them():
+    body, head = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
+    assert list(traced_modules(lambda x: head(body(x)))) == ["body", "body.0", "head"]
+
+
+def test_a_function_that_holds_no_module_has_none_and_a_declaration_goes_first():
+    model = Model()
+    later = None
+
+    def forward(x):
+        return model(x) if later is None else later(x)
+
+    forward.trace_points = {"out": model.head}
+    assert list(traced_modules(forward)) == ["out"]
+    assert traced_modules(lambda x: x) == traced_modules(len) == {}
+
+
+def test_a_name_that_is_not_bound_yet_is_no_module():
+    def forward(x):
+        return unbound(x)
+
+    assert traced_modules(forward) == {}
+    unbound = nn.Linear(2, 2)
