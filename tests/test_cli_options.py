@@ -4,6 +4,8 @@ A failure here is a change of the contract: it needs an issue, not an edit of th
 """
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import typer
 
 from tpcheck.cli import app
+from tpcheck.cli_commands.inputs import assert_no_input
 from tpcheck.cli_commands.options import parse_tp_sizes
 from tpcheck.cli_commands.output import Outputs
 from tpcheck.errors import TPCheckError
@@ -234,6 +237,13 @@ def test_the_golden_commands_and_their_options_with_defaults() -> None:
             ["drift", "x:y", "--html", "x", "--junit", "x"],
             "error: --junit=x, but should differ from",
         ),
+        (
+            ["run", "x:y", "--timeout", "1e10"],
+            "error: --timeout=1e+10, but should be at most 1e+09",
+        ),
+        (["run", "x:y", "--seed", str(2**63)], "--seed"),
+        (["golden", "verify", "x:y", "g", "--seed", str(2**63)], "--seed"),
+        (["plan", "x", "--tp", "2,65537"], "error: --tp='2,65537', but every degree should be at"),
         (["run", "x:y", "--cases", "0"], "--cases"),
         (["run", "x:y", "--dtype", "float8"], "--dtype"),
         (["run", "x:y", "--backend", "mpi"], "--backend"),
@@ -250,6 +260,63 @@ def test_a_usage_error_is_exit_2_and_no_traceback(
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "shell", "error"),
+    [
+        ("--help", ">/dev/full", "error: stdout: cannot be written: No space left on device\n"),
+        ("run --help", ">/dev/full", "error: stdout: cannot be written: No space left on device\n"),
+        ("plan -", "<&-", "error: stdin: is closed, but should be a config.json\n"),
+    ],
+)
+def test_a_stream_that_is_full_or_closed_is_one_sentence(
+    command: str, shell: str, error: str
+) -> None:
+    line = f"{shlex.quote(sys.executable)} -m tpcheck {command} {shell}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (2, error)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "run good.py:build --json good.py",
+        "run good:build --html good.py",
+        "drift good.py:build --markdown ./good.py",
+        "run ref:model --junit model/config.json",
+        "golden record ref:model records --json model/model.safetensors",
+        "golden verify ref:model records --markdown model/code.py",
+        "plan model/config.json --json model/config.json",
+        "plan model --json model/config.json",
+        "probe --against probe.json --json probe.json",
+        "diff one.safetensors captures --json one.safetensors",
+        "diff one.safetensors captures --jsonl captures/rank0/x.safetensors",
+        "diff one.safetensors captures --tolerance rules.toml --junit rules.toml",
+        "gate --verify r.json --public-key k.pub --model model --tp 2 --json model/config.json",
+        "gate --verify r.json --public-key k.pub --model model --tp 2 --json k.pub",
+        "gate r.json --policy rules.toml --markdown rules.toml",
+    ],
+)
+def test_nothing_is_written_over_what_is_read(folder: Path, arguments: str) -> None:
+    names = ["model/config.json", "model/model.safetensors", "model/code.py", "probe.json"]
+    names += ["one.safetensors", "captures/rank0/x.safetensors", "rules.toml", "r.json", "k.pub"]
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = tpcheck(*arguments.split(), cwd=folder)
+    assert done.returncode == 2
+    named = re.escape(str(Path(arguments.split()[-1])))
+    assert re.fullmatch(f"error: .*{named}.*, but should .*\n", done.stderr), done.stderr
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_report_may_lie_beside_what_it_is_about(folder: Path) -> None:
+    (folder / "model").mkdir()
+    (folder / "model" / "report.json").write_text("of the last run")
+    for name in ("model/report.json", "model/new.json", "other.py"):
+        assert_no_input("--json", folder / name, {"hf:model": folder / "model"})
 
 
 def test_degrees_keep_their_order_and_come_once() -> None:
@@ -346,12 +413,19 @@ def test_json_on_stdout_is_json_alone(folder: Path) -> None:
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_what_a_subject_prints_is_no_result(folder: Path, arguments: list[str]) -> None:
-    loud = (folder / "good.py").read_text().replace("x = embed", "print('forward'); x = embed")
+def test_what_a_subject_prints_is_no_result(
+    folder: Path, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # C then writes when it ends
+    loud = (folder / "good.py").read_text().replace("x = embed", "say(); x = embed")
     (folder / "loud.py").write_text(
-        f"print('loaded')\n{loud}\n"
+        "import ctypes, os\n"
+        "print('loaded')\n"
+        "def say():\n"
+        "    print('forward'); os.write(1, b'written\\n'); ctypes.CDLL(None).puts(b'put in C')\n"
+        f"{loud}\n"
         "def collective(x):\n"
-        "    print('forward'); torch.distributed.all_reduce(x); return x\n"
+        "    say(); torch.distributed.all_reduce(x); return x\n"
     )
     collective = ["--collective", "loud:collective"] if arguments[0] == "probe" else []
     backend = "gloo" if arguments[0] == "probe" else "sim"
@@ -360,8 +434,8 @@ def test_what_a_subject_prints_is_no_result(folder: Path, arguments: list[str]) 
     )
     assert done.returncode == 0, done.stderr
     json.loads(done.stdout)
-    assert "loaded" in done.stderr
-    assert "forward" in done.stderr
+    for said in ("loaded", "written", "forward"):
+        assert said in done.stderr
 
 
 def test_the_list_names_subjects_that_can_be_run() -> None:

@@ -129,7 +129,7 @@ class CaseRuns:
 
     @cached_property
     def lifted(self) -> CaseRuns | None:
-        """These runs without the subject's own casts below float32; None where TP=1 cannot run so.
+        """These runs without the subject's own casts; None where TP=1 cannot run so.
 
         What they find is beside the point of most cases: they get a quarter of a case's time.
         """

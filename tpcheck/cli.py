@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -21,7 +21,14 @@ from tpcheck.cli_commands import options as options
 from tpcheck.cli_commands.diff import add_diff
 from tpcheck.cli_commands.gate import gate
 from tpcheck.cli_commands.golden import golden_app
-from tpcheck.cli_commands.output import Outputs, print_error, print_result
+from tpcheck.cli_commands.inputs import subject_inputs
+from tpcheck.cli_commands.output import (
+    Outputs,
+    assert_printed,
+    no_results,
+    print_error,
+    print_result,
+)
 from tpcheck.environment import tpcheck_version
 from tpcheck.errors import TPCheckError
 from tpcheck.progress import Progress, progress_bar
@@ -44,7 +51,7 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):  # a terminal that lacks a sign still gets the report
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(prog_name="tpcheck")
+        _run_app()
     except TPCheckError as error:
         from tpcheck.render.text import printable
 
@@ -54,6 +61,14 @@ def main() -> None:
         print_error(traceback.format_exc().rstrip())
         print_error("error: this is a bug in tpcheck; nothing is known about the subject")
     sys.exit(USAGE_ERROR)
+
+
+def _run_app() -> None:
+    try:
+        app(prog_name="tpcheck")
+    except OSError:
+        assert_printed()
+        raise
 
 
 @app.callback(invoke_without_command=True)
@@ -103,7 +118,7 @@ def run(
     if subject is None:
         raise TPCheckError("SUBJECT is missing; `tpcheck run --list` shows the builtin ones")
     tp_sizes = options.parse_tp_sizes(tp)
-    outputs = Outputs(json_path, html, junit, markdown)
+    outputs = Outputs(json_path, html, junit, markdown, inputs=subject_inputs(subject))
     with _running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
         from tpcheck import workflow
 
@@ -166,7 +181,8 @@ def drift(
 ) -> None:
     """How far does SUBJECT drift, per degree, dtype and dtype on the wire? Verdicts as of run."""
     tp_sizes = options.parse_tp_sizes(tp)
-    outputs = Outputs(json_path, html, junit, markdown, plots=True)
+    inputs = subject_inputs(subject)
+    outputs = Outputs(json_path, html, junit, markdown, plots=True, inputs=inputs)
     with _running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
         from tpcheck.drift_profiles import command as drift_command
 
@@ -217,7 +233,7 @@ def plan(
     if seq_len is None and (batch is not None or kv_dtype is not None):
         name = "--batch" if batch is not None else "--kv-dtype"
         raise TPCheckError(f"{name}: is about the KV cache, but --seq-len is missing")
-    outputs = Outputs(json_path)
+    outputs = Outputs(json_path, inputs={"MODEL": model})
     outputs.assert_writable()
     from tpcheck.plan_command import exit_code, plan_records
     from tpcheck.plan_memory import Request
@@ -245,7 +261,7 @@ def probe(
 ) -> None:
     """In which order does this machine's all-reduce add, and how does it round? Per size."""
     tp_sizes, counts = options.parse_tp_sizes(tp), options.parse_message_sizes(sizes)
-    outputs = Outputs(json_path)
+    outputs = Outputs(json_path, inputs={"--against": against})
     with _running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
         from tpcheck.probes import command as probe_command
         from tpcheck.probes import sweep as probe_sweep
@@ -311,7 +327,7 @@ def _running(
     """
     _serve_if_torchrun_wants(backend, ranks_per_gpu)
     outputs.assert_writable()
-    with redirect_stdout(sys.stderr), _interruptible(), progress_bar(enabled=bar) as progress:
+    with no_results(), _interruptible(), progress_bar(enabled=bar) as progress:
         yield progress
 
 
@@ -321,7 +337,7 @@ def _serve_if_torchrun_wants(backend: options.Backend, ranks_per_gpu: int | None
         return
     from tpcheck.groups.opening import serves_torchrun
 
-    with _interruptible():
+    with no_results(), _interruptible():
         if serves_torchrun(backend.value, ranks_per_gpu):
             raise typer.Exit
 

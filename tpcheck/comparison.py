@@ -164,10 +164,26 @@ def scientific(value: float, *, up: bool = False) -> str:
     return f"{rounded:g}e{exponent}" if rounded < 10 else f"1e{exponent + 1}"
 
 
+_LARGEST = tuple(torch.finfo(dtype).max for dtype in (torch.bfloat16, torch.float32, torch.float64))
+"""Also where a mask was cast since it was filled in. Not float16's, which a model may reach."""
+
+
 def as_float64(x: torch.Tensor) -> torch.Tensor:
-    """Complex numbers become pairs in a new last dim: casting them would drop a half."""
+    """Complex numbers become pairs in a new last dim: casting them would drop a half.
+
+    A dtype's largest number becomes an infinity: it is what models fill masks with
+    (`torch.finfo(x.dtype).min`), and as a size it would hide every other logit.
+    """
     x = x.detach()
-    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).to(torch.float64)
+    wide = (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).to(torch.float64)
+    if not x.is_floating_point() or not wide.numel():
+        return wide
+    low, high = (abs(float(end)) for end in wide.aminmax())
+    largest = {torch.finfo(x.dtype).max, *_LARGEST}
+    if max(low, high) < min(largest):  # false for NaN: it hides what else there is
+        return wide
+    masks = torch.isin(wide.abs(), torch.tensor(sorted(largest), dtype=wide.dtype).to(wide.device))
+    return torch.where(masks, wide.sign() * math.inf, wide)
 
 
 def _classes(x: torch.Tensor) -> torch.Tensor:

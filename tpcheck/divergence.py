@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from tpcheck.checks import only_lifted
+from tpcheck.checks import structural
 from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence
 from tpcheck.execution import Task
@@ -40,8 +40,8 @@ def first_divergence(
     """
     failed = {name for name, check in checks.items() if check.outcome == FAIL}
     exact = bool({"structural", "decode", "rank_agreement"} & failed) and bool(evidence.exact)
-    if evidence.lifted is not None and only_lifted(evidence) and "structural" in failed:
-        task, evidence = replace(task, lift=True), evidence.lifted
+    if evidence.lifted is not None and structural(evidence.lifted).outcome == FAIL:
+        task, evidence = replace(task, lift=True), evidence.lifted  # nothing else differs there
     if not exact and not (failed & {"drift", "rank_agreement"} or task.until):
         return None, ()
     try:

@@ -40,8 +40,7 @@ class Evidence:
     to differ: on other weights, where at these a value lies between two codes; or without the codes
     that only TP=N sends. rebuilt: TP=1 in the oracle's dtype built and run once more, after the
     others. flipped: the outputs that drift leaves out, because in TP=N's run of them one does.
-    lifted: TP=1 and TP=N in the oracle's dtype once more, without the subject's own casts below
-    float32.
+    lifted: TP=1 and TP=N in the oracle's dtype once more, without the subject's own casts.
     """
 
     dtype: str
@@ -151,8 +150,6 @@ def routing_flips(
         for mine, other in zip(choices, reference.get(key, ()), strict=False):
             if not mine.comparable(other):
                 continue
-            count = mine.flips(other)
-            if count:
-                flips += count
-                margin = max(margin, other.margin)
+            count, widest = mine.flips(other)
+            flips, margin = flips + count, max(margin, widest)
     return flips, margin

@@ -51,8 +51,8 @@ class Task:
     again". watch: see casts, choices and torch.distributed calls; watch_all: in every forward,
     whatever the first one showed. perturb_seed: move narrow casts by half an ulp. perturb_weights:
     move weights by half an ulp of the compute dtype; other_weights: by an ulp of the storage dtype,
-    alike in every compute dtype. lift: compute in `dtype` what the subject would compute below
-    float32; lift_codes: its quantizers too (observation/lifting.py). noise_dtype: add to every
+    alike in every compute dtype. lift: compute in `dtype` what the subject would compute in a
+    narrower one; lift_codes: its quantizers too (observation/lifting.py). noise_dtype: add to every
     reduction the rounding this dtype must cost. codes: TP=1's quantizers; sent: input id -> the
     casts that are a reduction's (observation/codes.py). intercept: makes what watches or replaces
     collectives; its `seen` becomes an extra. own_calls: hand it the sums that the subject asks of

@@ -17,7 +17,7 @@ from tpcheck.drift_explanations import explain_drift
 from tpcheck.evidence import Evidence, NoiseFloor, noise_floor, routing_flips
 from tpcheck.groups.jobs import JobFailed
 from tpcheck.inputs import input_order
-from tpcheck.numerics.tolerance import structural_limit
+from tpcheck.numerics.tolerance import STRUCTURAL_LIMIT, structural_limit
 from tpcheck.numerics.ulp import eps
 from tpcheck.records import FAIL
 from tpcheck.trace import Trace
@@ -130,13 +130,19 @@ def _with_ties_pinned(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tup
         return evidence, ()
     if structural(evidence).outcome != FAIL:
         return evidence, ()
-    flips, margin = routing_flips(evidence.exact[0].extras["choices"], runs.pinned)
-    if not flips or margin > max(_TIE, structural_limit(evidence.floor.relative_rms)):
+    if not any(routing_flips(trace.extras["choices"], runs.pinned)[0] for trace in evidence.exact):
         return evidence, ()
     order = input_order(runs.inputs, evidence.tp_size)
-    task = replace(runs.exact_task(order), pinned=runs.pinned)
+    exact = runs.run(replace(runs.exact_task(order), pinned=runs.pinned), evidence.tp_size)
+    # A tie that flips changes what later choices are made of. Pinned, each is made of what the
+    # reference made it of, and every one that would still flip, on any rank, has to be a tie.
+    left = [routing_flips(trace.extras["choices"], runs.pinned) for trace in exact]
+    margin = max(widest for _, widest in left)
+    if margin > max(_TIE, structural_limit(evidence.floor.relative_rms)):
+        return evidence, ()
+    flips = max(count for count, _ in left)
     note = f"routing: {flips} ties (margin {margin:.2g}) were pinned to the reference"
-    return replace(evidence, exact=runs.run(task, evidence.tp_size)), (note,)
+    return replace(evidence, exact=exact), (note,)
 
 
 def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
@@ -149,22 +155,27 @@ def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tu
         return evidence, ()
     failed = structural(evidence).outcome == FAIL
     sent = _sent_by_tp_n_alone(evidence, failed=failed)
-    if failed and not any(sent.values()):
-        return evidence, ()
-    if not failed and eps(evidence.floor.tier) <= eps("float32"):
+    if not any(sent.values()) and not _may_hide_a_bug(evidence):
         return evidence, ()
     lifted = _lifted(runs, evidence, sent)
     runs.start_clock()
     if lifted is None:
         return evidence, ()
-    if not failed:
+    if not failed or not any(sent.values()) or structural(lifted).outcome == FAIL:
         return replace(evidence, lifted=lifted), ()
-    if structural(lifted).outcome == FAIL:
-        return evidence, ()
     assert lifted.oracle is not None
     pair = lifted.elsewhere or (lifted.exact[0], lifted.oracle)
     note = "codes: what TP=N alone quantizes is what it sends; structural compared it unquantized"
     return replace(evidence, elsewhere=pair, floor=lifted.floor), (note,)
+
+
+def _may_hide_a_bug(evidence: Evidence) -> bool:
+    """Whether a bug, or where it begins, may lie in the noise of casts. float32 rounds to the same
+    bits unless something differs: where next to nothing does, casts to it hide nothing."""
+    if eps(evidence.floor.tier) > eps("float32"):
+        return True
+    differs = structural(evidence).facts.get("relative_rms", 0.0) > STRUCTURAL_LIMIT
+    return evidence.floor.tier != "float64" and differs
 
 
 def _sent(evidence: Evidence) -> dict[str, Collection[int]]:

@@ -14,7 +14,7 @@ from tpcheck.errors import BackendError, IllegalDegreeError, PlanError, SubjectE
 from tpcheck.groups.jobs import JobFailed, Ranks
 from tpcheck.groups.opening import open_ranks
 from tpcheck.investigation import Findings, Investigation, Settings
-from tpcheck.records import PASS, Verdict
+from tpcheck.records import PASS, Check, Verdict
 from tpcheck.run_plan import RunPlan, repro_line
 from tpcheck.shard_plan import make_shard_plan
 from tpcheck.spec import Case
@@ -130,7 +130,10 @@ class CaseJudge:
                 f"PASS in simulation but {real.outcome} on gloo: real processes show what"
                 " simulated ranks cannot"
             )
-        return replace(real, reasons=(*real.reasons, note))
+        # the report is of simulated ranks, and evidence from one backend never counts for another
+        plan = real.checks.get("plan", Check(PASS))
+        plan = replace(plan, facts={**plan.facts, "backend": "gloo"})
+        return replace(real, checks={**real.checks, "plan": plan}, reasons=(*real.reasons, note))
 
     @property
     def _real_world(self) -> int:

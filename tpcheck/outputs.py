@@ -11,6 +11,8 @@ import torch
 from tpcheck.errors import SubjectError
 from tpcheck.placement import Placement
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def whole(output: Any) -> Any:
     """Unwrap what frameworks return: an HF output's logits, a DTensor's full tensor."""
@@ -29,6 +31,31 @@ def digest(tensor: torch.Tensor) -> str:
     hashed = hashlib.blake2b(flat, digest_size=16)  # in place: outputs can be large
     hashed.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     return hashed.hexdigest()
+
+
+class Digests:
+    """Digests of ranks that run in one process: bits are hashed only where they differ.
+
+    The last output of each name is kept and must not be written to: a rank's own copy, as rank 0
+    hands it over anyway.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[torch.Tensor, str]] = {}
+
+    def of(self, name: str, tensor: torch.Tensor) -> str:
+        """Return `digest(tensor)`."""
+        last = self._last.get(name)
+        if last is None or not _same_bits(last[0], tensor):
+            last = self._last[name] = (tensor, digest(tensor))
+        return last[1]
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    bits = _BITS.get(a.itemsize)  # as whole numbers: NaN is NaN, and -0 is not 0
+    if bits is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.view(bits), b.view(bits))
 
 
 def checked_shards(shards: Any) -> dict[str, tuple[torch.Tensor, Any]]:

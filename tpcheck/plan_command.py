@@ -133,6 +133,8 @@ def _object(fields: Any, where: str) -> Mapping[str, Any]:
 
 
 def _read_stdin() -> Any:
+    if sys.stdin is None:
+        raise TPCheckError("stdin: is closed, but should be a config.json")
     try:
         return parse_json(sys.stdin.buffer.read())
     except (ValueError, RecursionError) as error:

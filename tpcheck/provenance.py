@@ -3,7 +3,7 @@
 Requirement: a receipt may promise no more than was run. So the weights named are those that lay
 there from before the first rank until after the last; the engine is the one that computed; and of
 batch times tokens only the points that ran are listed, degree by degree, because every degree runs
-lengths of its own.
+lengths of its own, and one row of some of them (inputs: [One Row]).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from tpcheck.environment import tpcheck_version
 from tpcheck.errors import TPCheckError
-from tpcheck.inputs import lengths_at
+from tpcheck.inputs import lengths_at, row_lengths
 from tpcheck.machine import package_version
 from tpcheck.model_digest import DigestedModel, digest_model
 from tpcheck.records import Verdict
@@ -24,6 +24,8 @@ from tpcheck.subjects import Subject, SubjectRef
 Json = dict[str, Any]
 
 _NEVER_RAN = ("ILLEGAL", "ERROR")
+_NO_SINGLE_ROWS = "inputs: TP=1 raises for one row"
+"""How a verdict says that its subject is made for more rows than one (case_runs.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,21 @@ def range_tested(subject: Subject, verdicts: Sequence[Verdict]) -> list[Json]:
         case = Case.parse(verdict.case_id)
         row = found.setdefault((verdict.tp_size, verdict.dtype, case.batch), set())
         row |= set(lengths_at(subject, case, verdict.tp_size))
+        if single := _single_rows(subject, case, verdict):
+            found.setdefault((verdict.tp_size, verdict.dtype, 1), set()).update(single)
     return [
         {"tp_size": tp_size, "dtype": dtype, "batch": batch, "lengths": sorted(lengths)}
         | ({} if lengths else {"lengths_reason": "the subject makes its own inputs"})
         for (tp_size, dtype, batch), lengths in sorted(found.items())
     ]
+
+
+def _single_rows(subject: Subject, case: Case, verdict: Verdict) -> list[int]:
+    """Return the lengths that ran as one row besides the case's own; of token ids alone.
+
+    Whether a subject's own inputs could be made of one row is not known here, so it is not said.
+    """
+    left_out = any(reason.startswith(_NO_SINGLE_ROWS) for reason in verdict.reasons)
+    if left_out or subject.options.inputs is not None or not subject.options.sweep:
+        return []
+    return row_lengths(case, (verdict.tp_size,))

@@ -88,9 +88,9 @@ def test_two_captures_that_agree(diff: Diff) -> None:
         layers.10.up_proj   Shard(dim=1)    PASS       0 / 24            0         0      0
 
         smallest  tolerance for all values, one of: atol=5.99e-08, rtol=3.86e-06, max_ulp=55, relative_rms=4.92e-08
-        layout    Replicate() chosen by sizes (in 1)
-        layout    Shard(dim=1) chosen by sizes (in 2)
-        layout    Partial("sum") chosen by values (in 1)
+        layout    Replicate() chosen by sizes (in 1 tensor)
+        layout    Shard(dim=1) chosen by sizes (in 2 tensors)
+        layout    Partial("sum") chosen by values (in 1 tensor)
         ran on    (versions)
         note      layers.2.down_proj: passed as terms of a sum, because their values add up; where each rank should hold the sum, an all-reduce is missing: say replicated in a shard map
         """)  # noqa: E501
@@ -135,9 +135,9 @@ def test_two_that_do_not(diff: Diff) -> None:
           next:  look at what that rank does there: rounding does not look like this
 
         smallest  tolerance for all values, one of: atol=0.5, rtol=56.4, max_ulp=5.36e+08, relative_rms=0.281
-        layout    Replicate() chosen by sizes (in 1)
-        layout    Shard(dim=1) chosen by sizes (in 2)
-        layout    Partial("sum") chosen by values (in 1)
+        layout    Replicate() chosen by sizes (in 1 tensor)
+        layout    Shard(dim=1) chosen by sizes (in 2 tensors)
+        layout    Partial("sum") chosen by values (in 1 tensor)
         ran on    (versions)
         note      no file says in which order tensors were made: they stand as a decoder's names run, and the first that differs is the first of those; --order says it otherwise
         """)  # noqa: E501
@@ -176,7 +176,7 @@ def test_a_shard_map_a_tolerance_file_and_an_order(folder: Path, diff: Diff) -> 
           next:  record the same tensors, in the same dtype, on both sides
 
         smallest  tolerance for all values, one of: atol=0.5, rtol=56.4, max_ulp=5.36e+08, relative_rms=0.281
-        layout    Replicate() chosen by sizes (in 1)
+        layout    Replicate() chosen by sizes (in 1 tensor)
         ran on    (versions)
         note      tolerance.toml: tolerance[1] ('.*norm') is used by no tensor
         """)  # noqa: E501

@@ -65,6 +65,13 @@ def test_a_machine_on_which_everything_is_read() -> None:
               rank 0""")  # noqa: E501
 
 
+def test_where_nothing_is_read_nothing_is_said_of_switches() -> None:
+    lost = {"order": "unreadable", "wire": None, "reproduced": None, "reason": "changes"}
+    messages = tuple(message(count, (), **lost, average=None) for count in (1, 100))
+    shown = render_probe(probe_record(replace(CLEAN, messages=messages, switch_points=()), None))
+    assert "switch" not in shown
+
+
 def test_a_machine_on_which_hardly_anything_is() -> None:
     unreadable = {"order": "unreadable", "wire": None, "reproduced": None}
     changing = "the bits change from call to call"
@@ -97,7 +104,7 @@ def test_a_machine_on_which_hardly_anything_is() -> None:
         3     bfloat16  8           1           unknown        bfloat16  sum, then divide
         3     bfloat16  9           1           any            bfloat16  sum, then divide
 
-        no switch of the reduction from 1 to 9 elements
+        no switch of the reduction from 4 to 9 elements
         float64 in the accumulator or on the wire: the same bits
 
         tp 3, 9 elements of bfloat16:

@@ -73,7 +73,7 @@ def test_a_wrong_subject() -> None:
           repro: tpcheck run models.py:build --tp 4 --seed 7 --case s7-b2-t16
           next:  compare layers.0.self_attn.o_proj on rank 3 with what TP=1 does there
 
-        skipped       tiling: the subject exposes no shards (in 2)
+        skipped       tiling: the subject exposes no shards (in 2 verdicts)
         path          gloo · 4 all_reduce
         not deployed  backend gloo, not nccl
         ran on        torch 2.13.0 · python 3.11.7 · device cpu · tpcheck 0.1.0""")  # noqa: E501
@@ -91,20 +91,20 @@ def test_a_passing_subject() -> None:
         ---------  ----  --------  ---------  ----------------  --------------------  --------
         s7-b2-t16  2     bfloat16  PASS       1.23e-15 / 1e-12  1.1 (1.05) / 3        0.0312
 
-        skipped       tiling: the subject exposes no shards (in 1)
+        skipped       tiling: the subject exposes no shards (in 1 verdict)
         path          gloo · 4 all_reduce
         not deployed  backend gloo, not nccl
         ran on        torch 2.13.0 · python 3.11.7 · device cpu · tpcheck 0.1.0""")
 
 
 def test_a_pass_with_a_remark_shows_it_in_every_rendering() -> None:
-    remark = "ERROR in simulation but PASS on gloo: the subject shares process state between ranks"
+    remark = "ERROR in simulation but PASS on gloo: the subject shares process state"
     verdicts = [replace(passing(size), reasons=(f"{remark}\nmore",)) for size in (2, 4)]
     report = Report("models.py:build", tuple(verdicts), ENVIRONMENT, GLOO, "0.1.0")
-    shown = f"\n\nremark        {remark} (in 2)\nskipped       tiling: the subject"
+    shown = f"\n\nremark        {remark} (in 2 verdicts)\nskipped       tiling: the subject"
     assert shown in render_text(report)
-    assert f"- **remark**: {remark} (in 2)\n" in render_markdown(report)
-    assert f"{remark} (in 2)" in render_html(report)
+    assert f"- **remark**: {remark} (in 2 verdicts)\n" in render_markdown(report)
+    assert f"{remark} (in 2 verdicts)" in render_html(report)
 
 
 def test_a_tolerance_below_the_floor() -> None:

@@ -29,6 +29,10 @@ REFUSED = {
         "--tp-cases='0', but should be a whole number of at least 1",
     ),
     "no time": (["--tp-timeout", "0"], "--tp-timeout='0', but should be more than 0 seconds"),
+    "too much time": (
+        ["--tp-timeout", "1" + "0" * 10],
+        "--tp-timeout=10000000000, but should be at most 1e+09 seconds",
+    ),
     "nan": (["--tp-timeout", "nan"], "--tp-timeout='nan', but should be more than 0 seconds"),
     "ranks on no GPU": (
         ["--tp-ranks-per-gpu", "2"],
@@ -39,6 +43,10 @@ REFUSED = {
         "--tp-report: nowhere/r.json: cannot be written: No such file or directory",
     ),
     "no path": (["--tp-report", ""], "--tp-report is empty, but should be the path of a file"),
+    "a test for a path": (
+        ["--tp-report", "test_x.py"],
+        "--tp-report=test_x.py, but should be the path of a report",
+    ),
 }
 
 

@@ -149,6 +149,7 @@ def test_a_model_without_a_plan_is_refused_as_transformers_does(pool, models):
     failure = run(pool, models("gpt2"), "float64", (2,))[0].failure
     assert isinstance(failure.exception, IllegalDegreeError)
     assert "GPT2LMHeadModel: tp_plan=None" in str(failure.exception)
+    assert "ref:DIR splits the same weights in tpcheck's own decoder" in str(failure.exception)
     assert failure.exception.legal_tp_sizes == (1,)
     raw = pool.run([Job("tests.real.hf_jobs:load_unchecked", models("gpt2"), 2)])[0]
     assert all("has no `tp_plan`" in reply for reply in raw.replies)

@@ -1,4 +1,4 @@
-"""Subjects that cast below float32 themselves: no bug hides in the noise of their own casts.
+"""Subjects that cast to narrow dtypes themselves: no bug hides in the noise of their own casts.
 
 Requirement: a hard cast to bfloat16 leaves a float64 run with a noise floor of percents. A bug far
 below it is found all the same, where TP=1 makes the cast and where only TP=N does; and what needs
@@ -100,7 +100,7 @@ def test_a_bug_far_below_the_noise_of_the_casts_is_found(cast, fault):
     found = verdict_of(decoder(cast, fault))
     structural = found.checks["structural"]
     assert found.outcome == "WRONG"
-    assert structural.reason.startswith("with its own casts below float32 lifted, ")
+    assert structural.reason.startswith("with its own casts lifted, ")
     with_casts = structural.facts["with_casts"]
     assert with_casts["relative_rms"] < with_casts["limit"]
     assert structural.facts["relative_rms"] > structural.facts["limit"]

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import pytest
+import torch
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +25,9 @@ from tpcheck.deployment_gate.gating import as_report, decision_json, refusal_tex
 from tpcheck.deployment_gate.policy import BACKENDS, parse_policy
 from tpcheck.deployment_gate.requirement import Requirement
 from tpcheck.errors import GateRefused, TPCheckError
-from tpcheck.report import write_report
+from tpcheck.plugin.summary import Record, combined_report
+from tpcheck.render.text import render_text
+from tpcheck.report import to_json, write_report
 
 Json = dict[str, Any]
 Change = Callable[[Json], object]
@@ -659,6 +662,25 @@ def test_a_case_that_two_tests_ran_is_one_case(names: tuple[str, str]) -> None:
     assert refusal.reason.endswith(": 1 case, but should be at least 2")
 
 
+@pytest.mark.parametrize("subject", [None, "pytest, 2 subjects"])
+def test_a_degree_that_one_of_several_subjects_proves_is_not_proven(subject: str | None) -> None:
+    two = [
+        Record(name, report=as_report({**report_json(), "subject": name, "verdicts": [found]}))
+        for name, found in {
+            "a.py:build": verdict(tp_size=2),
+            "b.py:build": verdict(tp_size=4),
+        }.items()
+    ]
+    asked = {"min_cases": 1, "dtypes": ["bfloat16"], "max_age_days": None, "engines": None}
+    together = decided(to_json(combined_report(two)), subject=subject, min_sensitivity=0, **asked)
+    [refusal] = together.refusals
+    assert refusal.reason == (
+        "this report is about several subjects (pytest, 2 subjects): a degree that one of them"
+        " proves is not proven for the others"
+    )
+    assert refusal.settle.startswith("a report of each subject alone: pytest --tp-report ")
+
+
 def test_the_case_of_a_test_is_settled_by_its_own_name() -> None:
     report = report_json()
     for one in report["verdicts"]:
@@ -1049,3 +1071,34 @@ def test_a_report_fresh_from_a_run_is_judged_as_it_would_be_stored() -> None:
 def test_the_text_counts_its_reasons() -> None:
     text = refusal_text(decided(changed(REFUSALS["no engine"][0])))
     assert text.startswith("REFUSED: models.py:build: 1 reason\n- engine: ")
+
+
+def test_a_verdict_that_gloo_corrected_is_no_evidence_of_simulated_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "shared", set(), raising=False)  # by ranks in one process
+
+    @tpcheck.subject(vocab_size=32, seq_len=4)
+    def build(tp: tpcheck.TPGroup) -> Any:
+        embed = tp.weight("embed", 32, 16)
+        down = tp.weight("down", 16, 16).chunk(tp.size, 1)[tp.rank]
+        ranks = vars(torch).setdefault("shared", set())
+        ranks.add(tp.rank)
+
+        def forward(ids: Any) -> Any:
+            x = embed[ids]
+            y = tp.all_reduce(x.chunk(tp.size, -1)[tp.rank] @ down.T)
+            return (y * (len(ranks) if tp.size > 1 else 1)) @ embed.T
+
+        return forward
+
+    report = tpcheck.run(build, (2,), backend="sim")
+    assert report.outcome == "PASS"
+    assert report.verdicts[0].checks["plan"].facts["backend"] == "gloo"
+    assert "1 verdict by gloo" in render_text(report)
+    asked = {"tp": [2], "dtypes": ["bfloat16"], "backends": ["sim"], "require": ["structural"]}
+    policy = {**asked, "require_deployed_path": False, "min_sensitivity": 0}
+    with pytest.raises(tpcheck.GateRefused) as refused:
+        tpcheck.gate(report, policy)
+    [refusal] = refused.value.refusals
+    assert "its verdict is of gloo" in refusal.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,6 +178,15 @@ def test_a_directory_spelled_otherwise_misses_the_same_records(
     assert golden_verify(f"ref:{tmp_path}/model", "golden", **SIM).outcome == "INCONCLUSIVE"
 
 
+def test_records_do_not_lie_among_the_weights_of_a_model(tmp_path: Path) -> None:
+    make_model(tmp_path, "llama")
+    before = sorted(tmp_path.iterdir())
+    message = f"{tmp_path}: holds config.json, but should be a folder for records alone"
+    with pytest.raises(TPCheckError, match=re.escape(message)):
+        golden_record(f"ref:{tmp_path}", tmp_path, **SIM)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_a_broken_record_is_never_a_pass_and_is_named(tmp_path: Path) -> None:
     record(tmp_path)
     manifest, data = next(tmp_path.glob("*.json")), next(tmp_path.glob("*.safetensors"))
@@ -238,6 +248,15 @@ def test_a_subject_whose_name_comes_to_the_same_file_overwrites_nothing(tmp_path
     other, other_data = made(subject="some-row.py:build", oracle=logits(1))
     assert keep(tmp_path, other, other_data, update=False)["state"] == "different"
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_logits_from_another_environment_say_so(tmp_path: Path) -> None:
+    threads = [{"torch": "2.13.0", "subject": {"threads_per_rank": count}} for count in (1, 2)]
+    kept_in(tmp_path, *made(environment=threads[0]))
+    other, data = made(oracle=logits(1), environment=threads[1])
+    reason = keep(tmp_path, other, data, update=False)["reason"]
+    where = "made in another environment (threads_per_rank 2, recorded 1); tpcheck golden verify"
+    assert f"the same weights, config and inputs {where}" in reason
 
 
 def test_an_update_over_a_manifest_that_cannot_be_read_leaves_nothing_of_it(tmp_path: Path) -> None:

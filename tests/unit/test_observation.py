@@ -136,13 +136,37 @@ def test_a_choice_is_recorded_with_the_narrowest_margin_of_its_rows(choose, marg
         assert torch.equal(indices(), expected)
     (choice,) = w.choices
     assert torch.equal(choice.indices, expected)
-    assert choice.margin == pytest.approx(margin)
+    assert float(choice.margins.min()) == pytest.approx(margin)
 
 
 def test_taking_everything_leaves_no_margin_to_be_narrow():
     with watch() as w:
         SCORES.topk(4, -1)
-    assert w.choices[0].margin == float("inf")
+    assert w.choices[0].margins.tolist() == [float("inf")] * 2
+
+
+def test_what_is_masked_out_is_no_candidate():
+    masked = SCORES.masked_fill(SCORES > 0.7, -torch.inf)
+    with watch() as w:
+        masked.topk(2, -1), (-masked).topk(2, -1, largest=False)
+    for choice in w.choices:
+        assert choice.margins.tolist() == pytest.approx([(0.4 - 0.2) / 0.5, float("inf")])
+
+
+def test_candidates_that_are_all_masked_out_tie():
+    with watch() as w:
+        SCORES.masked_fill(SCORES > 0, -torch.inf).topk(2, -1)
+    assert w.choices[0].margins.tolist() == [0, 0]
+
+
+def test_a_flip_has_the_margin_of_its_own_row():
+    near_tie, wide = [0.5, 0.5, 0.1, 0.0], [0.9, 0.5, 0.1, 0.0]
+    with watch() as w:
+        torch.tensor([near_tie, wide]).topk(1, -1)
+        torch.tensor([near_tie, wide[::-1]]).topk(1, -1)
+    reference, flipped = w.choices
+    assert flipped.flips(reference) == (1, pytest.approx(0.4 / 0.9))
+    assert reference.flips(reference) == (0, 0.0)
 
 
 def test_integers_and_whole_tensors_are_no_routing():
@@ -156,7 +180,7 @@ PINNED = torch.tensor([[3, 0], [1, 0]])
 
 
 def test_a_pinned_choice_returns_the_references_indices_with_its_own_values():
-    with watch(pinned=[Choice(PINNED, 1.0, 4)]) as w:
+    with watch(pinned=[Choice(PINNED, torch.ones(2), 4)]) as w:
         values, indices = SCORES.topk(2, -1)
     assert torch.equal(indices, PINNED)
     assert torch.equal(values, SCORES.gather(-1, PINNED))
@@ -167,7 +191,7 @@ def test_a_pinned_choice_returns_the_references_indices_with_its_own_values():
 
 def test_argmax_and_max_are_pinned_too():
     row = torch.tensor([2, 0])
-    with watch(pinned=[Choice(row, 1.0, 4), Choice(row, 1.0, 4)]):
+    with watch(pinned=[Choice(row, torch.ones(2), 4), Choice(row, torch.ones(2), 4)]):
         assert torch.equal(SCORES.argmax(-1), row)
         values, indices = SCORES.max(-1)
     assert torch.equal(indices, row)
@@ -175,7 +199,7 @@ def test_argmax_and_max_are_pinned_too():
 
 
 def test_choices_that_do_not_fit_the_reference_are_free_and_counted():
-    with watch(pinned=[Choice(PINNED, 1.0, 8)]) as w:  # among eight, not four
+    with watch(pinned=[Choice(PINNED, torch.ones(2), 8)]) as w:  # among eight, not four
         assert SCORES.topk(2, -1).indices.tolist() == [[1, 2], [2, 3]]
         SCORES.topk(1, -1)  # the reference has no second choice
     assert w.unpinned == 2

@@ -99,10 +99,37 @@ def test_each_row_is_a_degree_a_dtype_and_a_batch() -> None:
     ]
     found = range_tested(make_subject(seq_len=8), verdicts)
     assert [(row["tp_size"], row["dtype"], row["batch"], row["lengths"]) for row in found] == [
+        (2, "bfloat16", 1, [1, 3]),
         (2, "bfloat16", 2, [1, 2, 3, 5, 8]),
         (2, "bfloat16", 3, [1, 2, 3, 8]),
+        (4, "bfloat16", 1, [1, 5]),
         (4, "bfloat16", 2, [1, 3, 4, 5, 8]),
     ]
+
+
+@pytest.mark.parametrize("sweep", [True, False])
+@pytest.mark.parametrize("least", [1, 2])
+def test_what_is_said_to_be_tested_is_what_ran(tmp_path: Path, sweep: bool, least: int) -> None:
+    log = tmp_path / "ran"
+
+    @tpcheck.subject(vocab_size=32, seq_len=4, sweep=sweep)
+    def build(tp: tpcheck.TPGroup) -> Any:
+        embed = tp.weight("embed", 32, 8)
+        down = tp.weight("down", 8, 8).chunk(tp.size, 1)[tp.rank]
+
+        def forward(ids: torch.Tensor) -> torch.Tensor:
+            if ids.shape[0] < least:
+                raise ValueError("made for more rows")
+            with log.open("a") as file:
+                file.write(f"{ids.shape[0]} {ids.shape[1]}\n")
+            return tp.all_reduce(embed[ids].chunk(tp.size, -1)[tp.rank] @ down.T) @ embed.T
+
+        return forward
+
+    report = tpcheck.run(build, (2,), backend="sim")
+    assert report.outcome == "PASS"
+    said = {f"{row['batch']} {n}" for row in report.tested or () for n in row["lengths"]}
+    assert said == set(log.read_text().splitlines())
 
 
 def test_a_case_that_was_refused_as_planned_never_ran() -> None:
@@ -127,6 +154,7 @@ def report() -> tpcheck.Report:
 def test_a_run_says_all_of_it(report: tpcheck.Report) -> None:
     assert report.model is None
     assert report.tested == (
+        {"tp_size": 2, "dtype": "float16", "batch": 1, "lengths": [1, 3]},
         {"tp_size": 2, "dtype": "float16", "batch": 2, "lengths": [1, 2, 3, 5]},
     )
     assert report.reduction == {"kind": "ring", "basis": "emulated"}

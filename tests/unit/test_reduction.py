@@ -155,6 +155,11 @@ def test_strides_do_not_matter(kind):
     assert not strided[0].is_contiguous()
     assert torch.equal(reduce_sum(strided, kind), reduce_sum(tensors, kind))
     assert reduce_sum(strided, kind).is_contiguous()
+    images = draw(4, (2, 3, 4, 5), torch.bfloat16)
+    channels_last = [x.contiguous(memory_format=torch.channels_last) for x in images]
+    for some in (channels_last, [images[0], *channels_last[1:]]):
+        assert torch.equal(reduce_sum(some, kind), reduce_sum(images, kind))
+        assert reduce_sum(some, kind).is_contiguous()
 
 
 def test_max_and_min_are_elementwise_on_finite_values():

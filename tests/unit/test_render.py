@@ -112,7 +112,7 @@ def test_skipped_checks_are_named_with_their_reason_and_count() -> None:
     checks = {"tiling": Check("SKIPPED", "the subject exposes no shards")}
     text = render_text(report(Verdict("s0-b1-t1", 2, "float16", "INCONCLUSIVE", checks)))
     assert "skipped  " in text
-    assert "tiling: the subject exposes no shards (in 1)" in text
+    assert "tiling: the subject exposes no shards (in 1 verdict)" in text
 
 
 def test_an_error_shows_every_rank_and_both_ends_of_a_long_stack() -> None:

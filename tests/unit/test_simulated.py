@@ -278,6 +278,18 @@ def test_any_difference_in_a_call_is_a_schedule_failure(first, second, text):
     assert (result.kind, result.rank, result.message) == ("schedule", None, text)
 
 
+def test_what_an_interceptor_sends_instead_is_what_ranks_must_agree_on():
+    def body(world):
+        tp = group(world)
+        tp.interceptor = lambda tp, call, x, run: run(x[: 2 + world.rank])
+        return tp.all_reduce(torch.ones(4))
+
+    assert failure(body, 2).message == (
+        "rank 0 waits in all_reduce([2] float32, sum) (#0),"
+        " rank 1 in all_reduce([3] float32, sum) (#0)"
+    )
+
+
 def test_equal_ranks_stand_together_and_long_lists_are_cut():
     def body(world):
         if world.rank in (0, 2, 3, 6):

@@ -199,7 +199,8 @@ def refuse_illegal_degree(model: Any, tp_size: int) -> None:
         raise IllegalDegreeError(
             f"{name}: tp_plan=None, but should be a plan {case}\n"
             "  transformers itself refuses it at load with a ValueError\n"
-            "  tp_size that fit this model: 1",
+            "  tp_size that fit this model: 1\n"
+            "  ref:DIR splits the same weights in tpcheck's own decoder, if it knows the model",
             legal_tp_sizes=(1,),
         )
     counts = _sharded_head_counts(config, plan)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from tpcheck.cli_commands import options as options
+from tpcheck.cli_commands.inputs import assert_no_input
 from tpcheck.cli_commands.output import Outputs, is_stdout, print_result
 from tpcheck.errors import TPCheckError
 from tpcheck.files import assert_writable, write_text
@@ -85,7 +86,9 @@ def add_diff(app: typer.Typer, interruptible: Interruptible) -> None:
         no_progress: options.NoProgress = False,
     ) -> None:
         """Do two captures hold the same tensors? Safetensors of any engine, per rank too."""
-        outputs = Outputs(json_path, html, junit, markdown)
+        rules = {"--shard-map": shard_map, "--tolerance": tolerance, "--order": order}
+        captures = {"EXPECTED": expected, "ACTUAL": actual, "--oracle": oracle}
+        outputs = Outputs(json_path, html, junit, markdown, inputs={**rules, **captures})
         _assert_writable(outputs, jsonl)
         lines = _Lines(jsonl)
         with interruptible(), progress_bar(enabled=not (quiet or no_progress)) as progress:
@@ -160,4 +163,5 @@ def _assert_writable(outputs: Outputs, jsonl: Path | None) -> None:
     for name, path in {**taken, "markdown": outputs.markdown}.items():
         if path is not None and path.resolve() == jsonl.resolve():
             raise TPCheckError(f"--jsonl={jsonl}, but should differ from --{name}")
+    assert_no_input("--jsonl", jsonl, outputs.inputs)
     assert_writable(jsonl)

@@ -47,7 +47,7 @@ def gate(
     quiet: options.Quiet = False,
 ) -> None:
     """May the subject of REPORT.json be deployed? Refuses whatever POLICY asks and lacks proof."""
-    outputs = Outputs(json=json_path, junit=junit, markdown=markdown)
+    outputs = Outputs(json_path, junit=junit, markdown=markdown, inputs={"--model": model})
     own = {"--json": json_path, "--junit": junit, "--markdown": markdown}
     deciding = {"REPORT.json": report, "--policy": policy, "--receipt": receipt, "--sign": sign}
     start = receipts.Start(verify, public_key, model, tp, dtype, paranoid)

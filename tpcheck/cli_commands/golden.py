@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from tpcheck.cli_commands import options as options
+from tpcheck.cli_commands.inputs import subject_inputs
 from tpcheck.cli_commands.output import Outputs
 from tpcheck.errors import TPCheckError
 from tpcheck.progress import Progress
@@ -38,7 +39,9 @@ VerifiedDTypes = Annotated[
     list[options.DType],
     typer.Option("--dtype", metavar="|".join(options.DType), help="Default: all recorded."),
 ]
-VerifiedSeed = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the first case.")]
+VerifiedSeed = Annotated[
+    int | None, typer.Option("--seed", min=0, max=options.MAX_SEED, help="Seed of the first case.")
+]
 FIRST = Annotated[str, typer.Argument(metavar="[SUBJECT] DIR", help="List one subject's, or all.")]
 SECOND = Annotated[Path | None, typer.Argument(metavar="", show_default=False)]
 
@@ -73,7 +76,7 @@ def golden_app(running: Running) -> typer.Typer:
         no_progress: options.NoProgress = False,
     ) -> None:
         """Keep what SUBJECT's TP=1 gives, and its float64 oracle, in DIR. Verifies nothing."""
-        outputs = Outputs(json_path)
+        outputs = Outputs(json_path, inputs=subject_inputs(subject))
         with running(outputs, backend, None, bar=not (quiet or no_progress)) as progress:
             from tpcheck.golden import command as golden_command
 
@@ -121,7 +124,7 @@ def golden_app(running: Running) -> typer.Typer:
     ) -> None:
         """Is SUBJECT still what DIR recorded, at TP=1 and at other degrees? Missing fails."""
         tp_sizes = options.parse_tp_sizes(tp)
-        outputs = Outputs(json_path, html, junit, markdown)
+        outputs = Outputs(json_path, html, junit, markdown, inputs=subject_inputs(subject))
         with running(outputs, backend, ranks_per_gpu, bar=not (quiet or no_progress)) as progress:
             from tpcheck.golden import command as golden_command
 

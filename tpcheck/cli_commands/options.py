@@ -20,6 +20,14 @@ _WHOLE = re.compile(r"0*[1-9][0-9]{0,17}")
 """A whole number of at least 1, of digits that 64 bits hold."""
 
 
+MAX_TIMEOUT_S = 1e9
+"""Thirty years; a system's timers take no more than nine times that."""
+
+
+MAX_TP = 65536
+"""More ranks than any machine has; a plan for many more would take forever."""
+
+
 class Backend(StrEnum):
     """Where ranks run."""
 
@@ -59,9 +67,12 @@ def parse_tp_sizes(text: str | None) -> tuple[int, ...] | None:
     """Return the degrees of `--tp 2,4,8` in order, each once; None stands for the default.
 
     Raises:
-        TPCheckError: not whole numbers of at least 1, separated by commas.
+        TPCheckError: not whole numbers of 1 to MAX_TP, separated by commas.
     """
-    return _whole_numbers("--tp", text, "whole numbers of at least 1 like 2,4,8")
+    sizes = _whole_numbers("--tp", text, "whole numbers of at least 1 like 2,4,8")
+    if sizes is not None and max(sizes) > MAX_TP:
+        raise TPCheckError(f"--tp={text!r}, but every degree should be at most {MAX_TP}")
+    return sizes
 
 
 def parse_message_sizes(text: str | None) -> tuple[int, ...] | None:
@@ -91,6 +102,8 @@ def _tolerance(param: typer.CallbackParam, value: float | None) -> float | None:
 def _seconds(value: float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise TPCheckError(f"--timeout={value}, but should be a finite number of seconds above 0")
+    if value > MAX_TIMEOUT_S:
+        raise TPCheckError(f"--timeout={value:g}, but should be at most {MAX_TIMEOUT_S:g} seconds")
     return value
 
 
@@ -146,7 +159,12 @@ Until = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Pin the batch size.")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", min=1, help="Pin the sequence length.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the first case.")]
+MAX_SEED = 2**63 - 1
+"""What torch takes as one."""
+
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=MAX_SEED, metavar="N", help="Seed of the first case.")
+]
 Atol = Annotated[
     float | None, typer.Option("--atol", callback=_tolerance, help="Your tolerance: it decides.")
 ]

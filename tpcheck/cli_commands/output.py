@@ -6,13 +6,17 @@ nothing else, so that it can be piped.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from tpcheck.cli_commands.inputs import Inputs, assert_no_input
 from tpcheck.errors import TPCheckError
 from tpcheck.files import assert_writable, write_text
 from tpcheck.records import Report
@@ -20,13 +24,17 @@ from tpcheck.records import Report
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """Where a report goes besides the terminal. `plots`: its page has some."""
+    """Where a report goes besides the terminal. `plots`: its page has some.
+
+    `inputs` are read by the command, so that none of them may be written over.
+    """
 
     json: Path | None = None
     html: Path | None = None
     junit: Path | None = None
     markdown: Path | None = None
     plots: bool = False
+    inputs: Inputs = field(default_factory=dict)
 
     def assert_writable(self) -> None:
         """Refuse before the run what could not be written after it."""
@@ -39,6 +47,7 @@ class Outputs:
                 continue
             if is_stdout(path):
                 raise TPCheckError(f"--{name}=-: only --json goes to stdout; name a file")
+            assert_no_input(f"--{name}", path, self.inputs)
             other = taken.setdefault(os.path.realpath(path), name)
             if other != name:
                 raise TPCheckError(f"--{name}={path}, but should differ from --{other}")
@@ -102,6 +111,37 @@ def _assert_pages(*, plots: bool) -> None:
         assert_matplotlib()
 
 
+@contextmanager
+def no_results() -> Iterator[None]:
+    """Send to stderr what is written to stdout, by Python or by a library written in C."""
+    if not _are_the_process_own(sys.stdout, sys.stderr):
+        with redirect_stdout(sys.stderr):
+            yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        ctypes.CDLL(None).fflush(None)  # C buffers what it writes to a pipe
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _are_the_process_own(stdout: TextIO | None, stderr: TextIO | None) -> bool:
+    """Say whether they are descriptors 1 and 2: where one is closed, that may be any file."""
+    try:
+        return (
+            stdout is not None
+            and stderr is not None
+            and (stdout.fileno(), stderr.fileno()) == (1, 2)
+        )
+    except OSError:  # a test captures them
+        return False
+
+
 def is_stdout(path: Path) -> bool:
     """Say whether a path option means stdout."""
     return str(path) == "-"
@@ -113,6 +153,15 @@ def print_result(text: str) -> None:
     Raises:
         TPCheckError: it cannot be written, as on a full disk.
     """
+    _print_result(f"{text}\n")
+
+
+def assert_printed() -> None:
+    """Raise what `print_result` would, for what others wrote to stdout: click writes the help."""
+    _print_result("")
+
+
+def _print_result(text: str) -> None:
     error = _print(text, sys.stdout)
     # `| head` has read enough: the exit code still says the outcome
     if error is not None and not isinstance(error, BrokenPipeError):
@@ -121,15 +170,15 @@ def print_result(text: str) -> None:
 
 def print_error(text: str) -> None:
     """Print to stderr; where it cannot be written, the exit code alone says it."""
-    _print(text, sys.stderr)
+    _print(f"{text}\n", sys.stderr)
 
 
 def _print(text: str, stream: TextIO | None) -> OSError | None:
-    """Write a line and return what went wrong."""
+    """Write a text and return what went wrong."""
     if stream is None:  # it was closed before we started: nobody is to read it
         return None
     try:
-        stream.write(f"{text}\n")
+        stream.write(text)
         stream.flush()
     except OSError as error:
         # Python writes what is left when it ends, and an error then would change the exit code

@@ -48,8 +48,23 @@ def cell_requirements(report: Report, policy: Policy, commands: Commands) -> Ite
             ]
             where = f"tp={tp_size} {dtype} on {backend}"
             yield _cases(here, where, policy, commands)
+            if any(_other_backend(backend)(one) for one in here):
+                asked = _Question("backends", f"evidence from {backend}", _other_backend(backend))
+                yield _answered(asked, here, where, commands)
             for question in _questions(policy) if here else ():
                 yield _answered(question, here, where, commands)
+
+
+def _other_backend(backend: str) -> Problem:
+    def problem(verdict: Verdict) -> Lack | None:
+        carried = verdict.checks.get("plan", Check(PASS)).facts.get("backend", backend)
+        if carried == backend:
+            return None
+        return Lack(
+            f"its verdict is of {carried}, and evidence counts for one backend only: run it there"
+        )
+
+    return problem
 
 
 def is_refusal_as_planned(verdict: Verdict) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
+from tpcheck.deployment_gate.case_ids import is_of_several
 from tpcheck.deployment_gate.commands import Commands
 from tpcheck.deployment_gate.numbers import shown, whole
 from tpcheck.deployment_gate.policy import Policy
@@ -24,6 +25,7 @@ _NOT_NCCL = (
     "in the policy, require_deployed_path = false, if that is what will be deployed; else nccl"
     " among its backends, and a report from there"
 )
+_ONE_BY_ONE = "a report of each subject alone: pytest --tp-report with its tests, or tpcheck run"
 _STANDS_FOR = {"gloo": ("gloo", "sim")}
 """Backend -> where its sensitivity may be measured: `run` plants faults for gloo in simulation,
 whose sums are bit-exact against Gloo's (sensitivity.py)."""
@@ -34,7 +36,13 @@ def surroundings_requirements(
 ) -> Iterator[Requirement]:
     """Yield what is asked of the report as a whole."""
     settle = commands.everything()
-    if policy.subject is not None:
+    if is_of_several(report.subject):
+        problem = (
+            f"this report is about several subjects ({report.subject}): a degree that one of them"
+            " proves is not proven for the others"
+        )
+        yield _held("subject", "one subject", report.subject, problem, _ONE_BY_ONE)
+    elif policy.subject is not None:
         other = report.subject != policy.subject
         problem = f"this report is about {report.subject}, not {policy.subject}" if other else ""
         settling = commands.about(policy.subject)

@@ -103,7 +103,7 @@ def golden_record(
         seq_len=seq_len,
         seed=seed,
     )
-    _require_recordable(plan, stream)
+    _require_recordable(plan, folder, stream)
     prepare(folder)
     pairs = [(one, dtype) for one in plan.cases for dtype in plan.dtypes]
     together = tuple((one.id, dtype) for one, dtype in pairs)
@@ -125,7 +125,11 @@ def golden_record(
     }
 
 
-def _require_recordable(plan: RunPlan, stream: bool) -> None:
+def _require_recordable(plan: RunPlan, folder: Path, stream: bool) -> None:
+    model = [name for name in ("config.json", "params.json") if (folder / name).exists()]
+    if model:
+        # a record's tensors would count as weights of the model
+        raise TPCheckError(f"{folder}: holds {model[0]}, but should be a folder for records alone")
     if not plan.cases:
         raise TPCheckError(
             f"{plan.ref.label} takes specs, and a record is of one model: name it with --case,"

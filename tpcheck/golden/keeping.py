@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcheck.golden.finding import is_of, what_changed
+from tpcheck.golden.making import record_differences
 from tpcheck.golden.records import Golden
 from tpcheck.golden.store import Entry, locked, scan, write
 
@@ -57,8 +58,10 @@ def _difference(entry: Entry, golden: Golden) -> str:
     if held.full != golden.full and held.logits == golden.logits:
         now = "full" if golden.full else "small"
         return f"{entry.file} holds the same logits, but is no {now} record; --update replaces it"
+    around = record_differences(golden, held)
+    elsewhere = f" made in another environment ({'; '.join(around[:3])})" if around else ""
     return (
-        f"{entry.file} holds other logits for the same weights, config and inputs;"
+        f"{entry.file} holds other logits for the same weights, config and inputs{elsewhere};"
         " tpcheck golden verify says how far off, --update replaces it"
     )
 

@@ -255,9 +255,13 @@ def make_golden(
 
 def environment_differences(golden: Golden, facts: Mapping[str, Any], made_by: str) -> list[str]:
     """Return what around a record may have rounded it otherwise: `torch 2.13.0, recorded 2.9.1`."""
-    here = _deciding(environment.collect(device=str(facts.get("device", "cpu"))), facts, golden)
-    there = _deciding(golden.environment, golden.environment.get("subject", {}), golden)
-    here["made by"], there["made by"] = made_by, golden.made_by
+    here = environment.collect(device=str(facts.get("device", "cpu"))) | {"subject": facts}
+    return record_differences(replace(golden, environment=here, made_by=made_by), golden)
+
+
+def record_differences(golden: Golden, held: Golden) -> list[str]:
+    """Return what around two records may have rounded them otherwise."""
+    here, there = _deciding(golden), _deciding(held)
     return [
         f"{name} {here.get(name)}, recorded {there.get(name)}"
         for name in sorted(here.keys() | there.keys())
@@ -265,16 +269,21 @@ def environment_differences(golden: Golden, facts: Mapping[str, Any], made_by: s
     ]
 
 
-def _deciding(around: Mapping[str, Any], facts: Any, golden: Golden) -> dict[str, Any]:
+def _deciding(golden: Golden) -> dict[str, Any]:
+    around, facts = golden.environment, golden.environment.get("subject", {})
     facts = facts if isinstance(facts, Mapping) else {}
     names = (*_SAME_BITS, *(["transformers"] if golden.subject.startswith("hf:") else []))
     variables = around.get("variables")
     found = {name: facts.get(name, around.get(name)) for name in names}
-    return found | {
-        name: value
-        for name, value in (variables.items() if isinstance(variables, Mapping) else ())
-        if name.startswith(_SAME_VARIABLES)
-    }
+    return (
+        {"made by": golden.made_by}
+        | found
+        | {
+            name: value
+            for name, value in (variables.items() if isinstance(variables, Mapping) else ())
+            if name.startswith(_SAME_VARIABLES)
+        }
+    )
 
 
 def _weighed(ranks: Ranks, runs: CaseRuns, timeout_s: float) -> tuple[str, dict[str, str]]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 
 from tpcheck.errors import SubjectError
+from tpcheck.outputs import digest
 from tpcheck.trace import Collective
 
 if TYPE_CHECKING:
@@ -110,6 +111,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _copied(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
 class Recorder:
     """The log of one rank's collectives, and whoever wants to know what is in flight.
 
@@ -190,7 +195,12 @@ class RecordedGroup:
         std: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        return self.weights.weight(name, shape, std=std, dtype=dtype).to(self.device)
+        tensor = self.weights.weight(name, shape, std=std, dtype=dtype)
+        return tensor if tensor.device == self.device else tensor.to(self.device)
+
+    def digest(self, name: str, output: torch.Tensor) -> str:
+        """Return the digest of what this rank gave for the input of that name."""
+        return digest(output)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self.weights.named():
@@ -242,18 +252,17 @@ class RecordedGroup:
         detail: str,
         primitive: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        def run(t: torch.Tensor) -> torch.Tensor:
-            return primitive(t) if self.size > 1 else t.clone()
-
-        if self.recorder.on_send is not None:
-            self.recorder.on_send(op, detail, (x,))
-        call = self.recorder.enter(op, tuple(x.shape), dtype_name(x.dtype), detail)
+        run = primitive if self.size > 1 else _copied
+        recorder = self.recorder
+        if recorder.on_send is not None:
+            recorder.on_send(op, detail, (x,))
+        call = recorder.enter(op, tuple(x.shape), dtype_name(x.dtype), detail)
         try:
             if self.interceptor is not None:
                 return self.interceptor(self, call, x, run)
             return run(x)
         finally:
-            self.recorder.exit()
+            recorder.exit()
 
     def _check_tensor(self, op: str, x: object) -> None:
         if not isinstance(x, torch.Tensor):

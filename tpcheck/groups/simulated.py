@@ -41,6 +41,7 @@ from tpcheck.groups.thread_state import Neutral, ThreadState, neutral
 from tpcheck.groups.weights import MemoryStore, WeightSource, WeightStore
 from tpcheck.numerics.probed_reduction import ProbedReduction
 from tpcheck.numerics.reduction import KINDS, reduce, reduce_sum
+from tpcheck.outputs import Digests
 from tpcheck.trace import Collective
 
 _CPU = torch.device("cpu")
@@ -131,6 +132,7 @@ class _Session:
         self.job = job
         self.store = store
         self.reduction = reduction
+        self.digests = Digests()
         self.hub = getcurrent()
         self.ranks: list[_Rank] = []
         self.alarm = Alarm(job.timeout_s)
@@ -217,6 +219,7 @@ class SimulatedWorld:
         self.size = session.job.size
         self.store = session.store
         self.reduction = session.reduction
+        self.digests = session.digests
         self._session = session
         self._rank = rank
 
@@ -259,6 +262,9 @@ class SimulatedGroup(RecordedGroup):
             recorder=Recorder(),
         )
         self._world = world
+
+    def digest(self, name: str, output: Tensor) -> str:
+        return self._world.digests.of(name, output)
 
     def _all_reduce(self, x: Tensor, op: str) -> Tensor:
         kind = self._world.reduction
@@ -307,8 +313,10 @@ class SimulatedGroup(RecordedGroup):
         return result
 
     def _named(self, op: str, shape: tuple[int, ...], dtype: str, detail: str) -> Collective:
-        # Not the recorder's own entry: an interceptor may have replaced the tensor.
+        # The recorder's own entry, unless an interceptor has replaced the tensor.
         calls = self.recorder.calls
+        if calls and calls[-1].signature() == (op, shape, dtype, detail):
+            return calls[-1]
         sequence = calls[-1].sequence if calls else 0
         return Collective(sequence, op, shape, dtype, detail, self.recorder.fqn)
 
@@ -334,14 +342,15 @@ def _one_each(result: Tensor, count: int) -> list[Tensor]:
     return [result, *(result.clone() for _ in range(count - 1))]
 
 
-def _cpp_entries() -> frozenset[Any]:
-    """Return the code of torch's Python functions that enter C++ which may call Python back."""
+def _cpp_entries() -> dict[int, Any]:
+    """Return, by id, the code of torch's functions that enter C++ which may call Python back."""
     from torch._ops import OpOverload, OpOverloadPacket
     from torch.autograd import graph
 
     backward = getattr(graph, "_engine_run_backward", None)
     functions: list[Any] = [OpOverload.__call__, OpOverloadPacket.__call__, backward]
-    return frozenset(getattr(function, "__code__", None) for function in functions) - {None}
+    codes = [getattr(function, "__code__", None) for function in functions]
+    return {id(code): code for code in codes if code is not None}
 
 
 _CPP_ENTRIES = _cpp_entries()
@@ -355,7 +364,7 @@ def _refuse_to_park_inside_cpp(call: Collective) -> None:
     """
     frame: Any = sys._getframe(2)
     while frame is not None:
-        if frame.f_code in _CPP_ENTRIES:
+        if id(frame.f_code) in _CPP_ENTRIES:  # to hash a code is to hash its constants
             raise BackendError(
                 f"{call.describe()}: called inside a C++ operator (torch.ops, a custom op or a"
                 " backward pass), where a simulated rank cannot be suspended; use --backend gloo"

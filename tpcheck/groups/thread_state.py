@@ -74,25 +74,17 @@ class Neutral:
     def _resume(self, state: ThreadState, run: Callable[[], T]) -> tuple[T | None, ThreadState]:
         if state.grad == state.inference:  # the guard above has set grad to `not inference`
             _C._set_grad_enabled(state.grad)
-        self._put(state)
-        try:
-            result = run()
-        except BaseException:
-            self._take()
-            raise
-        return result, self._take()
-
-    def _put(self, state: ThreadState) -> None:
         _write_rng(state.rng)
         if state.settings != self._settings:
             _write_settings(state.settings)
         _push_modes(state)
-
-    def _take(self) -> ThreadState:
-        state = _take()
-        if state.settings != self._settings:
-            _write_settings(self._settings)
-        return state
+        try:
+            result = run()
+        finally:
+            left = _take()
+            if left.settings != self._settings:
+                _write_settings(self._settings)
+        return result, left
 
 
 @contextlib.contextmanager
@@ -107,7 +99,8 @@ def neutral() -> Iterator[Neutral]:
             yield Neutral(start)
     finally:
         _write_rng(start.rng)
-        _write_settings(start.settings)
+        if start.settings != _read_settings():
+            _write_settings(start.settings)
         _push_modes(start)
 
 

@@ -17,6 +17,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,12 @@ from tpcheck.errors import SubjectError
 
 DEFAULT_STD_1D = 0.5
 """Biases and norm weights are never near zero: a zero bias hides a bias added on every rank."""
+
+
+_clone: Callable[[torch.Tensor], torch.Tensor] = getattr(
+    torch.Tensor, "_lazy_clone", torch.Tensor.clone
+)
+"""Copy on write, where torch has it."""
 
 
 class WeightStore(Protocol):
@@ -54,9 +61,7 @@ class MemoryStore:
             while self._bytes > self._max_bytes and len(self._tensors) > 1:
                 oldest = next(iter(self._tensors))
                 self._bytes -= self._tensors.pop(oldest).nbytes
-        lazy_clone = getattr(tensor, "_lazy_clone", tensor.clone)
-        clone: torch.Tensor = lazy_clone()
-        return clone
+        return _clone(tensor)
 
 
 class FileStore:
@@ -167,7 +172,7 @@ class WeightSource:
         target = dtype or self.dtype
         # Not its text: each rank asks for each weight, and text takes longer than the look-up.
         key = (self.seed, name, shape, std, self.weight_dtype, target)
-        tensor = self._store.get(key, lambda: self._make(name, shape, std).to(target))
+        tensor = self._store.get(key, partial(self._make, name, shape, std, target))
         return tensor if self.perturb is None else self.perturb(name, tensor)
 
     def offer(self, loaders: Iterable[NamedLoader]) -> None:
@@ -194,10 +199,13 @@ class WeightSource:
             return tensor
         return tensor.to(self.weight_dtype).to(self.dtype)
 
-    def _make(self, name: str, shape: tuple[int, ...], std: float | None) -> torch.Tensor:
+    def _make(
+        self, name: str, shape: tuple[int, ...], std: float | None, dtype: torch.dtype
+    ) -> torch.Tensor:
         generator = keyed_generator(f"{self.seed}\0{name}")
         values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        return values.mul_(_default_std(shape) if std is None else std).to(self.weight_dtype)
+        values.mul_(_default_std(shape) if std is None else std)
+        return values.to(self.weight_dtype).to(dtype)
 
     def _checked_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         if len(shape) == 1 and isinstance(shape[0], (tuple, list, torch.Size)):

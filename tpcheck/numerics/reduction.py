@@ -143,7 +143,7 @@ def sum_steps(tensors: Sequence[Tensor], kind: str = "ring") -> list[tuple[list[
         return [(exact, _fold_sum(exact))]
     count, shape = exact[0].numel(), exact[0].shape
     chunk = ring_chunk(count, tensors[0].element_size(), len(tensors))
-    rotated = _rotated([x.reshape(-1) for x in exact], chunk)
+    rotated = _rotated(exact, chunk)
     terms = [term.reshape(-1)[:count].reshape(shape) for term in rotated]
     sums = list(accumulate(terms))
     steps = zip(sums[:-1], terms[1:], sums[1:], strict=True)
@@ -175,12 +175,11 @@ def _ring(tensors: Sequence[Tensor], fold: Fold) -> Tensor:
         return first.clone(memory_format=torch.contiguous_format)
     size = first.element_size()
     chunk = ring_chunk(count, size, world)
-    flat = [x.reshape(-1) for x in tensors]
     if chunk * size <= _ROTATED_CHUNK_BYTES and 2 * world * count * size <= _ROTATED_BYTES:
-        result = fold(_rotated(flat, chunk)).view(-1)
+        result = fold(_rotated(tensors, chunk)).view(-1)
         result = result if result.numel() == count else result[:count].clone()
     else:
-        pieces = [x.split(chunk) for x in flat]
+        pieces = [x.reshape(-1).split(chunk) for x in tensors]
         result = torch.cat(
             [
                 fold([pieces[(c - 1 - k) % world][c] for k in range(world)])
@@ -190,19 +189,20 @@ def _ring(tensors: Sequence[Tensor], fold: Fold) -> Tensor:
     return result.view(first.shape)
 
 
-def _rotated(flat: Sequence[Tensor], chunk: int) -> list[Tensor]:
+def _rotated(tensors: Sequence[Tensor], chunk: int) -> tuple[Tensor, ...]:
     """Return the ring's operands, first to last, each [world, chunk]: row c is chunk c's.
 
     The k-th operand of chunk c is rank c-1-k. With every rank's elements laid out twice, rank by
     rank, that is one strided view per k: one copy and world-1 adds instead of world^2 slices.
     Reading past a rank's last element lands in the next rank's; nobody looks at those sums.
     """
-    world, count = len(flat), flat[0].numel()
+    world, count = len(tensors), tensors[0].numel()
     pad = world * chunk - count
-    tail = [flat[0].new_zeros(pad)] if pad else []
-    both = torch.cat([*flat, *flat[:-1], *tail])
+    both = torch.stack([*tensors, *tensors[:-1]]).reshape(-1)
+    if pad:
+        both = torch.cat([both, both.new_zeros(pad)])
     steps = both.as_strided((world, world, chunk), (count, count + chunk, 1))
-    return list(steps.unbind(0)[::-1])
+    return steps.unbind(0)[::-1]
 
 
 def _fold_sum(operands: Sequence[Tensor]) -> Tensor:

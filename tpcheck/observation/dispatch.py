@@ -14,6 +14,7 @@ Quantizers are no noise: codes.py.
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -56,32 +57,37 @@ _EXACT = {
 
 
 class Choice:
-    """One top-k (or argmax) of a forward: the chosen indices and how narrow the choice was.
+    """One top-k (or argmax) of a forward: the chosen indices and how narrow each choice was.
 
-    `margin` is the smallest gap between the last chosen and the first rejected value, over all
-    rows, in units of the row's largest magnitude. `among`: how many candidates there were. `dim`:
-    along which several were chosen, None for a single one.
+    `margins`: row by row, the gap between the last chosen and the first rejected value, in units of
+    the row's largest finite magnitude. `among`: how many candidates there were. `dim`: along which
+    several were chosen, None for a single one.
     """
 
-    __slots__ = ("among", "dim", "indices", "margin")
+    __slots__ = ("among", "dim", "indices", "margins")
 
     def __init__(
-        self, indices: torch.Tensor, margin: float, among: int, dim: int | None = None
+        self, indices: torch.Tensor, margins: torch.Tensor, among: int, dim: int | None = None
     ) -> None:
         self.indices = indices
-        self.margin = margin
+        self.margins = margins
         self.among = among
         self.dim = dim
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Choice, (self.indices, self.margin, self.among, self.dim))
+        return (Choice, (self.indices, self.margins, self.among, self.dim))
 
-    def flips(self, other: Choice) -> int:
-        """Return how many rows chose otherwise than `other` did, in whatever order."""
+    def flips(self, other: Choice) -> tuple[int, float]:
+        """Return how many rows chose otherwise than `other` did, in whatever order, and the widest
+        margin that `other` had in these rows: one narrow row says nothing of another.
+        """
         if self.dim is None:
-            return int((self.indices != other.indices).sum())
-        mine, theirs = self.indices.sort(self.dim)[0], other.indices.sort(self.dim)[0]
-        return int((mine != theirs).any(self.dim).sum())
+            flipped = self.indices != other.indices
+        else:
+            mine, theirs = self.indices.sort(self.dim)[0], other.indices.sort(self.dim)[0]
+            flipped = (mine != theirs).any(self.dim)
+        margins = other.margins[flipped]
+        return margins.numel(), float(margins.max()) if margins.numel() else 0.0
 
     def comparable(self, other: Choice) -> bool:
         """Whether both chose as many among as many: a maximum over a sharded dim is another one."""
@@ -226,9 +232,11 @@ class Watch(PlainMode):
             return result
         position = len(self.choices)
         smallest = name == "aten::topk" and not _largest(args, kwargs)
-        margin = _margin(-values if smallest else values, indices, dim, keepdim)
+        margins = _margins(-values if smallest else values, indices, dim, keepdim)
         several = dim if name == "aten::topk" else None
-        choice = Choice(indices.clone(), margin, values.shape[dim], several)
+        if several is None:
+            margins = margins.view(indices.shape)
+        choice = Choice(indices.clone(), margins.cpu(), values.shape[dim], several)
         self.choices.append(choice)
         if self._pinned is None:
             return result
@@ -315,14 +323,17 @@ def _largest(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     return bool(args[3] if len(args) > 3 else kwargs.get("largest", True))
 
 
-def _margin(values: torch.Tensor, indices: torch.Tensor, dim: int, keepdim: bool) -> float:
-    """Return the smallest relative gap between what was chosen and what was not."""
+def _margins(values: torch.Tensor, indices: torch.Tensor, dim: int, keepdim: bool) -> torch.Tensor:
+    """Return the relative gap between what was chosen and what was not, row by row.
+
+    What is masked out with an infinity is no candidate: it sets no scale, and is no rival.
+    """
     at = indices if keepdim else indices.unsqueeze(dim)
-    if values.shape[dim] <= at.shape[dim] or values.numel() == 0:
-        return float("inf")
     wide = values.detach().to(torch.float64)
-    rejected = wide.scatter(dim, at, float("-inf")).amax(dim)
     chosen = wide.gather(dim, at).amin(dim)
-    scale = wide.abs().amax(dim).clamp_min(torch.finfo(torch.float64).tiny)
-    gap = ((chosen - rejected) / scale).nan_to_num(float("inf"))
-    return float(gap.min())
+    if values.shape[dim] <= at.shape[dim] or values.numel() == 0:
+        return torch.full_like(chosen, math.inf)
+    rejected = wide.scatter(dim, at, -math.inf).amax(dim)
+    scale = torch.where(wide.isfinite(), wide.abs(), 0.0).amax(dim)
+    gap = (chosen - rejected) / scale.clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(chosen == rejected, 0.0, gap.nan_to_num(math.inf, math.inf))

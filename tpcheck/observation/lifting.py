@@ -1,7 +1,7 @@
 """A forward with its narrow casts lifted: what it computes where no cast of its own rounds.
 
 Requirement: a hard cast to bfloat16 makes a float64 run as noisy as bfloat16, and a bug below that
-noise would pass. So the same forward runs once more with every floating dtype below float32 held in
+noise would pass. So the same forward runs once more with every floating dtype below float64 held in
 float64, at TP=1 as at TP=N: what still differs is no rounding.
 
 What is written in place keeps its dtype, and so does what was made narrow in build: such casts stay
@@ -20,7 +20,7 @@ from tpcheck.groups.base import Recorder
 from tpcheck.observation.codes import makes_codes, rounds, widest
 from tpcheck.observation.dispatch_mode import PlainMode
 
-_NARROW = frozenset({torch.bfloat16, torch.float16})
+_NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _INTEGERS = frozenset({torch.int16, torch.int32})
 """What codes of 8 bits are added up in."""
 _DISTRIBUTED = ("c10d", "_c10d_functional")
@@ -31,7 +31,7 @@ class Unliftable(RuntimeError):
 
 
 class Lift(PlainMode):
-    """Compute in `wide` whatever a forward would compute in a dtype below float32.
+    """Compute in `wide` whatever a forward would compute in a narrower dtype.
 
     Args:
         recorder: says when a TPGroup's own code runs, which is left alone.

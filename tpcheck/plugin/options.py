@@ -22,6 +22,9 @@ from tpcheck.files import assert_writable
 DEFAULT_DEGREES = (2, 4, 8)
 """Without --tp: what `tpcheck run` tries by default."""
 
+MAX_TIMEOUT_S = 1e9
+"""Of one case: a system's timers take no more than nine times that."""
+
 MAX_WORLD = 64
 """The largest world; the largest that was tried."""
 
@@ -85,7 +88,12 @@ def add_options(parser: pytest.Parser) -> None:
     )
     option("--tp-ranks-per-gpu", metavar="N", help="Several NCCL ranks on one GPU.")
     option("--tp-cases", metavar="N", help="Cases of every tp_check outside @given (default 1).")
-    option("--tp-timeout", metavar="S", help="Seconds one case may take (default 120).")
+    option(
+        "--tp-timeout",
+        metavar="S",
+        help="Seconds one case may take (default 120). A test's own timeout (pytest-timeout) should"
+        " be longer: it ends the test without naming the rank that hangs.",
+    )
     option("--tp-report", metavar="PATH", help="Write the verdicts of all tests as a JSON report.")
 
 
@@ -200,12 +208,16 @@ def _whole(name: str, text: str | None) -> int | None:
 def _seconds(text: str) -> float:
     if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) or float(text) <= 0:
         _refuse(f"--tp-timeout={text!r}, but should be more than 0 seconds")
+    if float(text) > MAX_TIMEOUT_S:
+        _refuse(f"--tp-timeout={text}, but should be at most {MAX_TIMEOUT_S:g} seconds")
     return float(text)
 
 
 def _require_writable(path: str) -> None:
     if not path:
         _refuse("--tp-report is empty, but should be the path of a file")
+    if path.endswith(".py"):  # its value was left out, and a test file would be written over
+        _refuse(f"--tp-report={path}, but should be the path of a report")
     try:
         assert_writable(path)
     except TPCheckError as error:

@@ -76,6 +76,16 @@ def at_least(value: Any) -> str:
     return number(value * 1.005) if rounded_down else text
 
 
+def counted(count: int, what: str) -> str:
+    """Write a number of things.
+
+    Example:
+        >>> counted(1, "verdict"), counted(2, "verdict")
+        ('1 verdict', '2 verdicts')
+    """
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def headline(report: Report) -> str:
     """Say the outcome in one sentence, and what it does not speak for."""
     text = MEANING[report.outcome]
@@ -105,7 +115,7 @@ def count_line(report: Report) -> str:
     counts = Counter(verdict.outcome for verdict in report.verdicts)
     by_outcome = ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name])
     total = len(report.verdicts)
-    return f"{total} verdict{'' if total == 1 else 's'}{': ' if total else ''}{by_outcome}"
+    return f"{counted(total, 'verdict')}{': ' if total else ''}{by_outcome}"
 
 
 def sensitivity_line(report: Report) -> str:
@@ -153,7 +163,10 @@ def footnotes(report: Report) -> list[tuple[str, str]]:
     notes = [("remark", text) for text in _remarks(report.verdicts)]
     notes += [("skipped", text) for text in _skipped(report.verdicts)]
     calls = ", ".join(f"{count} {op}" for op, count in report.path.collectives.items())
-    carried = " · ".join(filter(None, [report.path.backend, calls]))
+    others = Counter(_carried_by(verdict, report) for verdict in report.verdicts)
+    del others[report.path.backend]
+    by = [f"{counted(count, 'verdict')} by {name}" for name, count in others.items()]
+    carried = " · ".join(filter(None, [report.path.backend, calls, *by]))
     if carried:
         notes.append(("path", carried))
     if report.path.differences and not report.path.same_as_deployed:
@@ -165,6 +178,11 @@ def footnotes(report: Report) -> list[tuple[str, str]]:
     around = [f"{name} {value}" for name, value in stood_on.items() if value]
     notes.append(("ran on", " · ".join([*around, f"tpcheck {report.tpcheck}"])))
     return notes + [("note", text) for text in report.notes]
+
+
+def _carried_by(verdict: Verdict, report: Report) -> str:
+    plan = verdict.checks.get("plan")
+    return str(plan.facts.get("backend", report.path.backend) if plan else report.path.backend)
 
 
 def shortened(items: Sequence[str], what: str, limit: int = MAX_SHOWN) -> list[str]:
@@ -306,7 +324,7 @@ def _remarks(verdicts: Iterable[Verdict]) -> list[str]:
     """Return what stands beside a PASS: those that are none say it among their reasons."""
     passing = [verdict for verdict in verdicts if verdict.outcome == PASS]
     counts = Counter(reason.partition("\n")[0] for verdict in passing for reason in verdict.reasons)
-    return [f"{text} (in {count})" for text, count in counts.items()]
+    return [f"{text} (in {counted(count, 'verdict')})" for text, count in counts.items()]
 
 
 def _skipped(verdicts: Iterable[Verdict]) -> list[str]:
@@ -315,7 +333,7 @@ def _skipped(verdicts: Iterable[Verdict]) -> list[str]:
         for name, check in verdict.checks.items():
             if check.outcome == SKIPPED:
                 counts[f"{name}: {check.reason.splitlines()[0]}"] += 1
-    return [f"{text} (in {count})" for text, count in counts.items()]
+    return [f"{text} (in {counted(count, 'verdict')})" for text, count in counts.items()]
 
 
 def _quantization(verdicts: Iterable[Verdict]) -> list[str]:

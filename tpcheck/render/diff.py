@@ -14,7 +14,7 @@ from typing import Any
 from tabulate import tabulate
 
 from tpcheck.records import FAIL, PASS, Report, Verdict
-from tpcheck.render.content import MAX_ROWS, MAX_SHOWN, Finding, at_least, findings, number
+from tpcheck.render.content import MAX_ROWS, MAX_SHOWN, Finding, at_least, counted, findings, number
 from tpcheck.render.text import printable, render_finding
 
 COLUMNS = (
@@ -128,7 +128,9 @@ def notes(report: Report) -> list[tuple[str, str]]:
         if str(facts.get("layout_source", "")).startswith("chosen"):
             text = f"{facts.get('layout')} {facts['layout_source']}"
             chosen[text] = chosen.get(text, 0) + 1
-    found += [("layout", f"{text} (in {count})") for text, count in chosen.items()]
+    found += [
+        ("layout", f"{text} (in {counted(count, 'tensor')})") for text, count in chosen.items()
+    ]
     stood_on = [f"{name} {report.environment.get(name)}" for name in ("torch", "python")]
     found.append(("ran on", " · ".join([*stood_on, f"tpcheck {report.tpcheck}"])))
     return found + [("note", text) for text in report.notes]

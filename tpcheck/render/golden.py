@@ -12,6 +12,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from tpcheck.render.content import counted
+
 Record = Mapping[str, Any]
 
 _KEPT = {True: "all", False: "small", None: ""}
@@ -49,7 +51,7 @@ def render_listing(found: Record) -> str:
     if not rows:
         return f"{found['outcome']}: there is no record in {found['directory']}"
     bad = sum(row["state"] != "ok" for row in rows)
-    head = f"{found['outcome']}: {_counted(len(rows), 'record')} in {found['directory']}"
+    head = f"{found['outcome']}: {counted(len(rows), 'record')} in {found['directory']}"
     head += f", {bad} of them no good" if bad else ""
     columns = ("subject", "case", "dtype", "state", "kept", "data", "torch", "created")
     table = [
@@ -67,13 +69,9 @@ def render_listing(found: Record) -> str:
     ]
     lines = [head, "", *_table(table, columns), *_problems(rows, "problem")]
     if found["temporary"]:
-        files = _counted(found["temporary"], "file")
+        files = counted(found["temporary"], "file")
         lines += ["", f"note: not read, left by a killed recorder: {files}"]
     return "\n".join(lines)
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _table(rows: Sequence[tuple[str, ...]], headers: Sequence[str]) -> list[str]:

@@ -170,9 +170,11 @@ def _switches(record: Record) -> list[str]:
         f" {one['first']} elements"
         for one in record["switch_points"]
     ]
-    counts = [one["count"] for one in record["messages"]]
-    none = [f"no switch of the reduction from {min(counts)} to {max(counts)} elements"]
-    return found or (none if len(set(counts)) > 1 else [])
+    # what could not be read may have switched
+    counts = {one["count"] for one in record["messages"] if one["order"] != "unreadable"}
+    if found or len(counts) < 2:
+        return found
+    return [f"no switch of the reduction from {min(counts)} to {max(counts)} elements"]
 
 
 def _wider(messages: Sequence[Record]) -> list[str]:
