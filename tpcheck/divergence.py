@@ -22,6 +22,10 @@ from tpcheck.reconciliation import relative_rms
 from tpcheck.records import FAIL, Check, FirstDivergence
 from tpcheck.trace import Trace
 
+_NOT_IN_A_MODULE = (
+    "localization: no traced module gives anything else than at TP=1, as far as that can be told:"
+    " look at what forward does beside its modules"
+)
 Run = Callable[[Task, int], Sequence[Trace]]
 """Runs a task on so many ranks."""
 
@@ -47,7 +51,8 @@ def first_divergence(
     try:
         where = _input_to_trace(evidence, checks)
         if exact or (task.until and not failed):
-            return _in_float64(task, run, evidence, where), ()
+            found, traced = _in_float64(task, run, evidence, where)
+            return found, (_NOT_IN_A_MODULE,) if traced and failed and found is None else ()
         return _in_deployed_dtype(task, run, evidence, oracle_dtype), ()
     except JobFailed as error:
         if task.until and isinstance(error.failure.exception, SubjectError):
@@ -65,7 +70,10 @@ def _input_to_trace(evidence: Evidence, checks: Mapping[str, Check]) -> str:
     return worst if want is None or relative_rms(got, want) <= limit else "A"
 
 
-def _in_float64(task: Task, run: Run, evidence: Evidence, input_id: str) -> FirstDivergence | None:
+def _in_float64(
+    task: Task, run: Run, evidence: Evidence, input_id: str
+) -> tuple[FirstDivergence | None, bool]:
+    """Return the first module that leaves its reference, and whether any module was traced."""
     task = replace(task, dtype="float64", trace=input_id)
     reference = run(task, 1)[0]
     replay = {
@@ -77,7 +85,8 @@ def _in_float64(task: Task, run: Run, evidence: Evidence, input_id: str) -> Firs
         traces = run(replace(task, replay=replay), evidence.tp_size)
     except JobFailed:  # a module that cannot run alone; then the forward has to do
         traces = run(task, evidence.tp_size)
-    return locate(reference, traces, limit=structural_limit(evidence.floor.relative_rms))
+    found = locate(reference, traces, limit=structural_limit(evidence.floor.relative_rms))
+    return found, bool(reference.extras["points"])
 
 
 def _in_deployed_dtype(

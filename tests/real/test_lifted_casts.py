@@ -221,6 +221,7 @@ class Block(torch.nn.Module):
 class Stack(torch.nn.Module):
     def __init__(self, tp, faulty):
         super().__init__()
+        self.scale = 1 + 1e-4 if faulty == "head" and tp.size > 1 else 1
         self.embed = tp.weight("embed", VOCAB, HIDDEN)
         self.blocks = torch.nn.ModuleList(Block(tp, f"{i}", i == faulty) for i in range(3))
 
@@ -228,7 +229,7 @@ class Stack(torch.nn.Module):
         x = self.embed[input_ids]
         for block in self.blocks:
             x = block(x)
-        return x @ self.embed.T
+        return x @ self.embed.T * self.scale
 
 
 @pytest.mark.parametrize("faulty", [0, 2])
@@ -240,3 +241,11 @@ def test_a_bug_below_the_noise_is_located_where_the_casts_are_lifted(faulty):
     assert found.first_divergence is not None
     assert found.first_divergence.fqn == f"blocks.{faulty}.down"
     assert found.first_divergence.rank == 1
+
+
+def test_a_bug_beside_the_modules_is_told_as_that():
+    build = tpcheck.subject(vocab_size=VOCAB, seq_len=9)(lambda tp: Stack(tp, "head"))
+    found = verdict_of(build)
+    assert found.outcome == "WRONG"
+    assert found.first_divergence is None
+    assert any("beside its modules" in reason for reason in found.reasons)
