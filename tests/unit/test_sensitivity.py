@@ -76,11 +76,10 @@ def test_a_key_bias_that_softmax_cancels_is_named() -> None:
 
 
 @pytest.mark.parametrize("name", ["always", "when_split"])
-def test_a_float32_sum_hides_what_float64_shows(name: str) -> None:
+def test_a_float32_sum_hides_nothing_that_float64_shows(name: str) -> None:
     narrow = measured(f"tests.subjects.float32_reduce:{name}")
     assert narrow["caught"] == narrow["planted"]
-    assert 4 <= exponent(narrow) <= 24
-    assert exponent(narrow) + 8 < exponent(measured("tests.subjects.named_weights:build"))
+    assert exponent(narrow) > 24  # which is what float32's own bits would show
 
 
 def test_without_float64_drift_has_to_notice() -> None:
