@@ -155,7 +155,7 @@ def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tu
         return evidence, ()
     failed = structural(evidence).outcome == FAIL
     sent = _sent_by_tp_n_alone(evidence, failed=failed)
-    if not any(sent.values()) and not _may_hide_a_bug(evidence):
+    if not any(sent.values()) and not _may_hide_a_bug(evidence, codes=bool(runs.codes)):
         return evidence, ()
     lifted = _lifted(runs, evidence, sent)
     runs.start_clock()
@@ -169,10 +169,13 @@ def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tu
     return replace(evidence, elsewhere=pair, floor=lifted.floor), (note,)
 
 
-def _may_hide_a_bug(evidence: Evidence) -> bool:
-    """Whether a bug, or where it begins, may lie in the noise of casts. float32 rounds to the same
-    bits unless something differs: where next to nothing does, casts to it hide nothing."""
-    if eps(evidence.floor.tier) > eps("float32"):
+def _may_hide_a_bug(evidence: Evidence, *, codes: bool) -> bool:
+    """Whether a bug, or where it begins, may lie in the noise of casts.
+
+    float32, and quantizers, round to the same bits unless something differs: where next to nothing
+    does, they hide nothing. 16 bits are coarse enough to swallow what is worth seeing.
+    """
+    if eps(evidence.floor.tier) > eps("float32") and not codes:
         return True
     differs = structural(evidence).facts.get("relative_rms", 0.0) > STRUCTURAL_LIMIT
     return evidence.floor.tier != "float64" and differs
