@@ -17,47 +17,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from drawn import judged_points
+
 CHUNK = 250
 """Cases per seed of Hypothesis: what one process takes on at a time."""
 
 
 def chunk(seed: int, count: int) -> list[dict[str, Any]]:
     """Run `count` cases drawn from one seed; one row per case."""
-    import hypothesis
-    import torch
-
-    import tpcheck
     from tpcheck.reference.decoder import build_decoder
-    from tpcheck.strategies import points
 
-    torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(points(max_layers=2, max_seq_len=9))
-    def run(point: Any) -> None:
-        @tpcheck.subject(spec=point.spec, seq_len=point.seq_len)
-        def build(tp):
-            return build_decoder(point.spec, tp)
-
-        report = tpcheck.run(
-            build,
-            (point.tp_size,),
-            backend="sim",
-            confirm=False,
-            dtypes=(point.dtype,),
-            batch=point.batch,
-            seq_len=point.seq_len,
-            seed=point.seed,
-        )
-        (verdict,) = report.verdicts
+    def keep(point: Any, verdict: Any) -> None:
         rows.append(
             {
                 "tp_size": point.tp_size,
@@ -70,7 +42,7 @@ def chunk(seed: int, count: int) -> list[dict[str, Any]]:
             }
         )
 
-    run()
+    judged_points(seed, count, lambda tp, point: build_decoder(point.spec, tp), keep)
     return rows
 
 

@@ -22,6 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from drawn import judged_points
+
 CHUNK = 50
 """Cases per seed of Hypothesis: what one process takes on at a time."""
 FAULT = "scaled_rank"
@@ -52,17 +54,12 @@ def narrowed(functions: set[Any]) -> Any:
 
 def chunk(seed: int, count: int) -> list[dict[str, Any]]:
     """Run `count` cases drawn from one seed; one row per case."""
-    import hypothesis
     import torch
     from torch.nn import functional
 
-    import tpcheck
     from tpcheck.faults import FAULTS
     from tpcheck.faults.planting import planted_decoder
-    from tpcheck.reference.decoder import build_decoder
-    from tpcheck.strategies import points
 
-    torch.set_num_threads(1)
     narrowable = (
         {functional.linear, torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul},
         {functional.scaled_dot_product_attention},
@@ -72,46 +69,26 @@ def chunk(seed: int, count: int) -> list[dict[str, Any]]:
     )
     rows: list[dict[str, Any]] = []
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(points(max_layers=2, max_seq_len=9))
-    def run(point: Any) -> None:
+    def choices() -> tuple[bool, bool, set[Any]]:
+        """Return whether TP=N alone casts, whether there is a fault, and which functions cast."""
         drawn = random.Random(seed * CHUNK + len(rows))
         alone, faulty = drawn.random() < 0.5, drawn.random() < 0.5
-        functions = set().union(*drawn.sample(narrowable, drawn.randint(1, len(narrowable))))
+        return alone, faulty, set().union(*drawn.sample(narrowable, drawn.randint(1, 5)))
 
-        @tpcheck.subject(spec=point.spec, seq_len=point.seq_len)
-        def build(tp):  # type: ignore[no-untyped-def]
-            fault = FAULTS[FAULT] if faulty else None
-            decoder = (
-                planted_decoder(point.spec, fault, tp) if fault else build_decoder(point.spec, tp)
-            )
+    def build(tp: Any, point: Any) -> Any:
+        alone, faulty, functions = choices()
+        decoder = planted_decoder(point.spec, FAULTS[FAULT] if faulty else None, tp)
 
-            def forward(input_ids: torch.Tensor) -> torch.Tensor:
-                if alone and tp.size == 1:
-                    return decoder(input_ids)
-                with narrowed(functions):
-                    return decoder(input_ids)
+        def forward(input_ids: torch.Tensor) -> torch.Tensor:
+            if alone and tp.size == 1:
+                return decoder(input_ids)
+            with narrowed(functions):
+                return decoder(input_ids)
 
-            return forward
+        return forward
 
-        report = tpcheck.run(
-            build,
-            (point.tp_size,),
-            backend="sim",
-            confirm=False,
-            dtypes=(point.dtype,),
-            batch=point.batch,
-            seq_len=point.seq_len,
-            seed=point.seed,
-        )
-        (verdict,) = report.verdicts
+    def keep(point: Any, verdict: Any) -> None:
+        alone, faulty, _ = choices()
         facts = verdict.checks["structural"].facts
         floor = facts.get("with_casts", facts)
         rows.append(
@@ -129,7 +106,7 @@ def chunk(seed: int, count: int) -> list[dict[str, Any]]:
             }
         )
 
-    run()
+    judged_points(seed, count, build, keep)
     return rows
 
 

@@ -131,7 +131,8 @@ class CaseRuns:
     def lifted(self) -> CaseRuns | None:
         """These runs without the subject's own casts; None where TP=1 cannot run so.
 
-        What they find is beside the point of most cases: they get a quarter of a case's time.
+        They may hang where others do not, as ranks that send other dtypes: they get a quarter of a
+        case's time.
         """
         lifted = copy.copy(self)
         for made in ("oracle", "base", "noisy_alone", "rebuilt"):

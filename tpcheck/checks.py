@@ -35,8 +35,9 @@ from tpcheck.records import FAIL, PASS, SKIPPED, Check, Comparison
 from tpcheck.trace import Trace
 
 _UNCAST = (1e-7, 1e-7)
-"""What float64's own rounding may move a channel, or a token, by. It comes to that only in one a
-billion times smaller than what it is a sum of; a mask's size, beside which it is small, is none."""
+"""What float64's own rounding may move a channel and a token by, each in its own units: that much
+only where it is a billionth of what it is a sum of. Masks, which make all else look small, are no
+terms of that sum."""
 
 
 def structural(evidence: Evidence) -> Check:

@@ -19,7 +19,7 @@ from tpcheck.groups.jobs import JobFailed
 from tpcheck.inputs import input_order
 from tpcheck.numerics.tolerance import STRUCTURAL_LIMIT, structural_limit
 from tpcheck.numerics.ulp import eps
-from tpcheck.records import FAIL
+from tpcheck.records import FAIL, Check
 from tpcheck.trace import Trace
 
 _OTHER_CODES = 5
@@ -41,14 +41,29 @@ def explained(
         reduction: the kind of sum over ranks that drift is expected of.
     """
     evidence = _with_full_outputs(runs, evidence)
+    notes: tuple[str, ...] = ()
+    if not _is_plain(evidence):
+        evidence, notes = _structure_explained(runs, evidence)
+    evidence, more = explain_drift(runs, evidence, reduction)
+    return evidence, (*notes, *more)
+
+
+def _is_plain(evidence: Evidence) -> bool:
+    """Whether nothing casts, is quantized or differs: most cases, for which that is asked once."""
+    traces = [trace for trace in (evidence.oracle, *evidence.exact) if trace is not None]
+    quiet = not any(trace.casts or trace.extras["codes"] for trace in traces)
+    return quiet and structural(evidence).outcome != FAIL
+
+
+def _structure_explained(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
+    """Return the evidence with whatever `structural` needs explained, and notes."""
     evidence = _with_every_length_watched(runs, evidence)
     evidence = _with_noise_floor(runs, evidence)
     evidence = _with_another_build(runs, evidence)
     evidence, notes = _with_ties_pinned(runs, evidence)
     evidence, more = _with_other_codes(runs, evidence)
     evidence, wire = _with_casts_lifted(runs, evidence)
-    evidence, beside = explain_drift(runs, evidence, reduction)
-    return evidence, (*notes, *more, *wire, *beside)
+    return evidence, (*notes, *more, *wire)
 
 
 def _with_full_outputs(runs: CaseRuns, evidence: Evidence) -> Evidence:
@@ -153,9 +168,10 @@ def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tu
     """
     if evidence.oracle is None or not evidence.exact:
         return evidence, ()
-    failed = structural(evidence).outcome == FAIL
+    found = structural(evidence)
+    failed = found.outcome == FAIL
     sent = _sent_by_tp_n_alone(evidence, failed=failed)
-    if not any(sent.values()) and not _may_hide_a_bug(evidence, codes=bool(runs.codes)):
+    if not any(sent.values()) and not _may_hide_a_bug(found, evidence, codes=bool(runs.codes)):
         return evidence, ()
     lifted = _lifted(runs, evidence, sent)
     runs.start_clock()
@@ -169,7 +185,7 @@ def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tu
     return replace(evidence, elsewhere=pair, floor=lifted.floor), (note,)
 
 
-def _may_hide_a_bug(evidence: Evidence, *, codes: bool) -> bool:
+def _may_hide_a_bug(found: Check, evidence: Evidence, *, codes: bool) -> bool:
     """Whether a bug, or where it begins, may lie in the noise of casts.
 
     float32, and quantizers, round to the same bits unless something differs: where next to nothing
@@ -177,7 +193,7 @@ def _may_hide_a_bug(evidence: Evidence, *, codes: bool) -> bool:
     """
     if eps(evidence.floor.tier) > eps("float32") and not codes:
         return True
-    differs = structural(evidence).facts.get("relative_rms", 0.0) > STRUCTURAL_LIMIT
+    differs = found.facts.get("relative_rms", 0.0) > STRUCTURAL_LIMIT
     return evidence.floor.tier != "float64" and differs
 
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from tpcheck.groups.base import dtype_name
+
 CastKey = tuple[str, str, str]
 """The module's FQN, the source dtype, the target dtype."""
 
@@ -139,11 +141,6 @@ def widest(args: Sequence[Any]) -> torch.dtype | None:
 def dtype_eps(dtype: torch.dtype) -> float:
     """Return torch.finfo(dtype).eps, looked up once."""
     return torch.finfo(dtype).eps
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return `bfloat16` for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _tensors(args: Any) -> Iterator[torch.Tensor]:

@@ -21,13 +21,14 @@ from typing import Any, Self
 
 import torch
 
-from tpcheck.groups.base import Recorder
-from tpcheck.observation.codes import CastKey, Codes, dtype_eps, dtype_name, plain_name, widest
+from tpcheck.groups.base import Recorder, dtype_name
+from tpcheck.observation.codes import CastKey, Codes, dtype_eps, plain_name, widest
 from tpcheck.observation.dispatch_mode import PlainMode
 from tpcheck.trace import NarrowCast
 
 _CHOICES = {"aten::topk", "aten::argmax", "aten::max.dim"}
-_DISTRIBUTED = ("c10d", "_c10d_functional")
+DISTRIBUTED = ("c10d", "_c10d_functional")
+"""The namespaces of torch.distributed's operators."""
 _BOOKKEEPING = {"wait_tensor", "wrap_tensor_autograd", "monitored_barrier"}
 _OP_NAMES = {
     "allreduce": "all_reduce",
@@ -185,7 +186,7 @@ class Watch(PlainMode):
         kwargs = kwargs or {}
         if self._recorder.inside:
             return func(*args, **kwargs)
-        if func.namespace in _DISTRIBUTED:
+        if func.namespace in DISTRIBUTED:
             self._log_collective(func, args)
             return func(*args, **kwargs)
         self._close()
@@ -210,7 +211,7 @@ class Watch(PlainMode):
             return result
         cast = source is not None and dtype_eps(result.dtype) > dtype_eps(source)
         narrow = self._wanted is not None and dtype_eps(result.dtype) > dtype_eps(self._wanted)
-        if not cast and (not narrow or _overload(func) in _EXACT or _is_view(func)):
+        if not cast and (not narrow or _overload(func) in _EXACT or is_view(func)):
             return result
         key = (fqn, dtype_name(source or result.dtype), dtype_name(result.dtype))
         self._casts[key] = self._casts.get(key, 0) + 1
@@ -274,7 +275,7 @@ class Watch(PlainMode):
 
 
 @functools.cache
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
     """A view shares its operand's memory: replacing it would lose what is written through it."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 

@@ -18,12 +18,12 @@ import torch
 
 from tpcheck.groups.base import Recorder
 from tpcheck.observation.codes import makes_codes, rounds, widest
+from tpcheck.observation.dispatch import DISTRIBUTED, is_view
 from tpcheck.observation.dispatch_mode import PlainMode
 
 _NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _INTEGERS = frozenset({torch.int16, torch.int32})
 """What codes of 8 bits are added up in."""
-_DISTRIBUTED = ("c10d", "_c10d_functional")
 
 
 class Unliftable(RuntimeError):
@@ -61,13 +61,13 @@ class Lift(PlainMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._recorder.inside or func.namespace in _DISTRIBUTED:
+        if self._recorder.inside or func.namespace in DISTRIBUTED:
             return func(*args, **kwargs)
         if self._codes and self._is_lifted_code(func, args, kwargs):
             return args[0].to(self._wide, copy=True)
         if func.namespace not in ("aten", "prims") or func.name() == "aten::view.dtype":
             raise Unliftable(f"{func.name()} cannot be computed in {self._wide}")
-        if _shares_memory(func):
+        if is_view(func):
             return func(*args, **kwargs)
         places, names = _written(func)
         targets = [args[i] for i in places if i < len(args)] + [kwargs.get(n) for n in names]
@@ -109,12 +109,6 @@ def _cast(value: Any, to: torch.dtype, only: frozenset[torch.dtype] | None = Non
     if isinstance(value, Mapping):
         return {key: _cast(one, to, only) for key, one in value.items()}
     return value
-
-
-@functools.cache
-def _shares_memory(func: Any) -> bool:
-    """A view in another dtype would lose what is written through it."""
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
 
 
 @functools.cache
