@@ -20,6 +20,7 @@ from tpcheck.groups.jobs import World
 from tpcheck.observation.codes import CastKey, Codes
 from tpcheck.observation.consumption import Consumption, offer_weights, one_ulp_off
 from tpcheck.observation.dispatch import Choice, Watch
+from tpcheck.observation.eagerly import Eagerly
 from tpcheck.observation.injection import reduction_noise
 from tpcheck.observation.lifting import Lift
 from tpcheck.observation.modules import (
@@ -218,6 +219,7 @@ class _Runner:
         self._code_places: dict[str, tuple[list[CastKey], set[int]]] = {}
         self._unpinned = 0
         self._quiet = True
+        self._eagerly = Eagerly()
         self._extras: dict[str, Any] = {}
         asked = task.own_calls and group.size > 1
         self._own_calls = OwnCalls(group, sums_of(group)) if asked else None
@@ -238,7 +240,8 @@ class _Runner:
                 self._group.recorder.take()
             self._run("decode", self._decode, "A")
         if task.trace:
-            self._trace_modules()
+            with self._eagerly:
+                self._trace_modules()
         if task.shards and hasattr(self._forward, "shards"):
             self._extras["shards"] = checked_shards(self._forward.shards())
         self._extras["codes"] = tuple(self._codes)
@@ -270,7 +273,8 @@ class _Runner:
         own = dict(getattr(self._forward, "facts", None) or {})
         return {
             "device": str(self._group.device),
-            "compiled": hasattr(self._forward, "_orig_mod"),
+            "compiled": False,
+            "compiler_bypassed": self._eagerly.compiled,
             "threads_per_rank": torch.get_num_threads(),
         } | own
 
@@ -279,7 +283,8 @@ class _Runner:
         # Inside the mode that hands calls on, the watching one does not see what that does to them.
         own_calls = self._own_calls or contextlib.nullcontext()
         within = running(self._group, name, arguments)
-        with within, own_calls, self._watching(name, input_id), self._lifting(name):
+        watching, lifting = self._watching(name, input_id), self._lifting(name)
+        with self._eagerly, within, own_calls, watching, lifting:
             output = self._checked(name, function(*arguments))
         self._collectives[name] = self._group.recorder.take()
         if output is None:

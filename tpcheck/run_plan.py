@@ -6,6 +6,7 @@ that cannot work is an error before the first rank exists, never after the last.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +16,15 @@ from tpcheck.groups.opening import backend_room
 from tpcheck.investigation import Settings
 from tpcheck.provenance import WatchedModel, watch_model
 from tpcheck.shard_plan import legal_tp_sizes
-from tpcheck.spec import Case
+from tpcheck.spec import MAX_SEED, Case
 from tpcheck.subjects import Subject, SubjectRef, assert_takes_the_group
 
 DEFAULT_TP_SIZES = (2, 4, 8)
 DEFAULT_BATCH = 2
 DEFAULT_GENERATED = 25
 """Cases of a subject that takes specs, where --cases does not say: seconds on simulated ranks."""
+MAX_CASES = 1_000_000
+"""Days of work; many more would take hours to number."""
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -92,6 +95,9 @@ def make_run_plan(
             f"reduction={settings.reduction!r} is emulated, so it needs backend sim, not {chosen}"
         )
     limit = cases or (DEFAULT_GENERATED if generates else 1)
+    if seed + limit - 1 > MAX_SEED:
+        raise TPCheckError(f"seed={seed}, but seeds of {limit} cases should not pass {MAX_SEED}")
+    _require_room(subject, one or first)
     several = tuple(replace(first, seed=seed + offset) for offset in range(limit))
     fixed = several if one is None else (one,)
     if one is not None and (one.spec is None) != (subject.options.specs is None):
@@ -163,6 +169,20 @@ def _require_dtypes(dtypes: Sequence[str]) -> None:
 def _require_whole(name: str, value: object, *, at_least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise TPCheckError(f"{name}={value!r}, but should be a whole number of at least {at_least}")
+    if name == "cases" and value > MAX_CASES:
+        raise TPCheckError(f"cases={value}, but should be at most {MAX_CASES}")
+
+
+def _require_room(subject: Subject, case: Case) -> None:
+    """Refuse what no machine of this size can hold, before it is tried for an hour."""
+    needed = case.batch * max(1, case.seq_len) * max(1, subject.options.vocab_size) * 8
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise TPCheckError(
+            f"batch={case.batch}, seq_len={case.seq_len}: the float64 logits alone take"
+            f" {needed / 2**30:.4g} GiB and this machine has {memory / 2**30:.4g} GiB;"
+            " ask for fewer rows or tokens"
+        )
 
 
 def repro_line(plan: RunPlan, case: Case, tp_size: int, dtype: str) -> str:

@@ -290,6 +290,10 @@ def _require_positive(name: str, value: object) -> None:
         raise PlanError(f"{name}={brief(value)}, but should be a positive number")
 
 
+MAX_SEED = 2**63 - 1
+"""torch.Generator takes signed 64 bits."""
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One point of a run: the inputs and weights of a subject, before any degree or dtype.
@@ -320,7 +324,8 @@ class Case:
         """Return the case a name stands for.
 
         Raises:
-            TPCheckError: the name is not of the form `s7-b2-t16` or `s7-b2-t16+{...}`.
+            TPCheckError: the name is not of the form `s7-b2-t16` or `s7-b2-t16+{...}`, or names
+                what cannot be run.
             PlanError: the fields after the + make no spec.
         """
         match = re.fullmatch(r"s(\d+)-b(\d+)-t(\d+)(?:\+(\{.*\}))?", case_id, re.DOTALL)
@@ -329,6 +334,11 @@ class Case:
                 f"case={brief(case_id)}, but should look like s7-b2-t16 (seed, batch, length)"
             )
         seed, batch, seq_len = map(int, match.groups()[:3])
+        if seed > MAX_SEED or not batch or not seq_len:
+            raise TPCheckError(
+                f"case={brief(case_id)}, but a seed should be at most {MAX_SEED},"
+                " and batch and length at least 1"
+            )
         if match[4] is None:
             return cls(seed, batch, seq_len)
         try:

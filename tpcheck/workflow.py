@@ -161,6 +161,8 @@ def report_of(plan: RunPlan, verdicts: tuple[Verdict, ...], seen: Seen) -> Repor
     differences = [] if seen.label == "nccl" else [f"backend {seen.label}, not nccl"]
     if plan.settings.reduction != "ring":
         differences.append(f"reduction {plan.settings.reduction}, emulated")
+    if seen.facts.get("compiler_bypassed"):
+        differences.append("compiled code ran eagerly, not torch.compile")
     path = Path(seen.label, seen.collectives, not differences, tuple(differences))
     return Report(
         subject=plan.ref.label,

@@ -19,6 +19,7 @@ from tpcheck.cli_commands.output import Outputs
 from tpcheck.errors import TPCheckError
 from tpcheck.progress import Progress
 from tpcheck.records import EXIT_CODES, PASS
+from tpcheck.spec import MAX_SEED
 
 Running = Callable[..., AbstractContextManager[Progress | None]]
 
@@ -40,7 +41,7 @@ VerifiedDTypes = Annotated[
     typer.Option("--dtype", metavar="|".join(options.DType), help="Default: all recorded."),
 ]
 VerifiedSeed = Annotated[
-    int | None, typer.Option("--seed", min=0, max=options.MAX_SEED, help="Seed of the first case.")
+    int | None, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of the first case.")
 ]
 FIRST = Annotated[str, typer.Argument(metavar="[SUBJECT] DIR", help="List one subject's, or all.")]
 SECOND = Annotated[Path | None, typer.Argument(metavar="", show_default=False)]

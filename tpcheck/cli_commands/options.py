@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from tpcheck.errors import TPCheckError
+from tpcheck.spec import MAX_SEED
 
 _WHOLE = re.compile(r"0*[1-9][0-9]{0,17}")
 """A whole number of at least 1, of digits that 64 bits hold."""
@@ -159,9 +160,6 @@ Until = Annotated[
 ]
 Batch = Annotated[int | None, typer.Option("--batch", min=1, help="Pin the batch size.")]
 SeqLen = Annotated[int | None, typer.Option("--seq-len", min=1, help="Pin the sequence length.")]
-MAX_SEED = 2**63 - 1
-"""What torch takes as one."""
-
 Seed = Annotated[
     int, typer.Option("--seed", min=0, max=MAX_SEED, metavar="N", help="Seed of the first case.")
 ]
