@@ -32,7 +32,9 @@ def test_a_clean_layer_passes_and_its_limit_is_no_quantum(kind, wire, dtype):
 @pytest.mark.parametrize("bug", ["own_weight_scale", "own_input_scale"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scale_of_a_ranks_own_is_another_function(kind, bug, dtype):
-    report = tpcheck.run(subject(kind, bug=bug), (2, 8), backend="sim", dtypes=(dtype,))
+    real = (kind, dtype) == (KINDS[0], "bfloat16")
+    built = subject(kind, bug=bug)
+    report = tpcheck.run(built, (2, 8), backend="sim", dtypes=(dtype,), confirm=real)
     assert [verdict.outcome for verdict in report.verdicts] == ["WRONG", "WRONG"]
     for verdict in report.verdicts:
         assert verdict.checks["structural"].outcome == "FAIL"
