@@ -124,26 +124,35 @@ class CaseRuns:
     def watch_every_length(self) -> None:
         """From here on, look for casts and choices in the forward of every input."""
         self.task = replace(self.task, watch_all=True)
-        for made in ("oracle", "noisy_alone", "rebuilt", "lifted"):
+        for made in ("oracle", "noisy_alone", "rebuilt", "lifted", "lifted_in_forward"):
             vars(self).pop(made, None)
 
     @cached_property
-    def lifted(self) -> CaseRuns | None:
-        """These runs without the subject's own casts; None where TP=1 cannot run so.
+    def lifted(self) -> CaseRuns | JobFailed:
+        """These runs without the subject's own casts, in build and forward; why not, if TP=1 fails.
 
         They may hang where others do not, as ranks that send other dtypes: they get a quarter of a
         case's time.
         """
+        return self._without_casts("all")
+
+    @cached_property
+    def lifted_in_forward(self) -> CaseRuns | JobFailed:
+        """These runs without the casts of forward: of builds that pack or read bits."""
+        return self._without_casts("forward")
+
+    def _without_casts(self, lift: str) -> CaseRuns | JobFailed:
         lifted = copy.copy(self)
         for made in ("oracle", "base", "noisy_alone", "rebuilt"):
             vars(lifted).pop(made, None)
-        lifted.task = replace(self.task, lift=True)
+        lifted.task = replace(self.task, lift=lift)
         lifted._timeout_s = self._timeout_s / 4
         lifted.start_clock()
         try:
-            return lifted if lifted.oracle is not None else None
-        except JobFailed:  # an op that refuses the wider dtype, or may not be given it
-            return None
+            assert lifted.oracle is not None
+        except JobFailed as error:  # an op that refuses the wider dtype, or may not be given it
+            return error
+        return lifted
 
     def lifting(self, codes: Mapping[str, Collection[int]]) -> CaseRuns:
         """Return these runs, at TP=N without these quantizers as well: input id -> places."""

@@ -45,7 +45,7 @@ def first_divergence(
     failed = {name for name, check in checks.items() if check.outcome == FAIL}
     exact = bool({"structural", "decode", "rank_agreement"} & failed) and bool(evidence.exact)
     if evidence.lifted is not None and structural(evidence.lifted).outcome == FAIL:
-        task, evidence = replace(task, lift=True), evidence.lifted  # nothing else differs there
+        task, evidence = replace(task, lift=evidence.lift), evidence.lifted  # all else is alike
     if not exact and not (failed & {"drift", "rank_agreement"} or task.until):
         return None, ()
     try:

@@ -71,6 +71,12 @@ class Evidence:
         assert self.oracle is not None
         return self.elsewhere or (self.exact[0], self.oracle)
 
+    @property
+    def lift(self) -> str:
+        """How `lifted` was run, as a Task says it."""
+        oracle = None if self.lifted is None else self.lifted.oracle
+        return "" if oracle is None else str(oracle.extras["lift"])
+
 
 def distance(actual: Trace, expected: Trace) -> tuple[float, float, int]:
     """Return rms(actual - expected), rms(expected) and the count, over all inputs together."""

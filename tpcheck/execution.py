@@ -53,13 +53,13 @@ class Task:
     whatever the first one showed. perturb_seed: move narrow casts by half an ulp. perturb_weights:
     move weights by half an ulp of the compute dtype; other_weights: by an ulp of the storage dtype,
     alike in every compute dtype. lift: compute in `dtype` what the subject would compute in a
-    narrower one; lift_codes: its quantizers too (observation/lifting.py). noise_dtype: add to every
-    reduction the rounding this dtype must cost. codes: TP=1's quantizers; sent: input id -> the
-    casts that are a reduction's (observation/codes.py). intercept: makes what watches or replaces
-    collectives; its `seen` becomes an extra. own_calls: hand it the sums that the subject asks of
-    torch.distributed itself, too; real ranks only. pinned: input id -> choices to impose on top-k.
-    trace: input id whose modules are recorded; replay: reference inputs by FQN for modules with
-    declared placements.
+    narrower one, in its "forward" or in "all" it does; lift_codes: its quantizers too
+    (observation/lifting.py). noise_dtype: add to every reduction the rounding this dtype must cost.
+    codes: TP=1's quantizers; sent: input id -> the casts that are a reduction's
+    (observation/codes.py). intercept: makes what watches or replaces collectives; its `seen`
+    becomes an extra. own_calls: hand it the sums that the subject asks of torch.distributed itself,
+    too; real ranks only. pinned: input id -> choices to impose on top-k. trace: input id whose
+    modules are recorded; replay: reference inputs by FQN for modules with declared placements.
     """
 
     subject: SubjectRef
@@ -74,7 +74,7 @@ class Task:
     perturb_seed: int | None = None
     perturb_weights: int | None = None
     other_weights: int | None = None
-    lift: bool = False
+    lift: str = ""
     lift_codes: Mapping[str, Collection[int]] = field(default_factory=dict)
     noise_dtype: str = ""
     noise_kind: str = "ring"
@@ -173,7 +173,8 @@ def _built(group: RecordedGroup, task: Task) -> tuple[Subject, Any, Consumption]
     if task.other_weights is not None:
         group.weights.perturb = one_ulp_off(task.other_weights, group.weight_dtype)
     offer_weights(group.weights, subject.options.weights)
-    return subject, _build(subject, group, consumption), consumption
+    with Lift(group.recorder, group.dtype) if task.lift == "all" else contextlib.nullcontext():
+        return subject, _build(subject, group, consumption), consumption
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -244,6 +245,7 @@ class _Runner:
                 self._trace_modules()
         if task.shards and hasattr(self._forward, "shards"):
             self._extras["shards"] = checked_shards(self._forward.shards())
+        self._extras["lift"] = task.lift
         self._extras["codes"] = tuple(self._codes)
         self._extras["quiet"] = self._quiet
         self._extras["sent"] = self._sent

@@ -175,8 +175,8 @@ def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tu
         return evidence, ()
     lifted = _lifted(runs, evidence, sent)
     runs.start_clock()
-    if lifted is None:
-        return evidence, ()
+    if isinstance(lifted, JobFailed):
+        return evidence, _hidden(evidence, lifted)
     if not failed or not any(sent.values()) or structural(lifted).outcome == FAIL:
         return replace(evidence, lifted=lifted), ()
     assert lifted.oracle is not None
@@ -228,13 +228,40 @@ def _sent_by_tp_n_alone(evidence: Evidence, *, failed: bool) -> dict[str, Collec
     return found
 
 
+def _hidden(evidence: Evidence, why: JobFailed) -> tuple[str, ...]:
+    """Say what a PASS does not: how large a bug hides in casts to 16 bits that stayed."""
+    if eps(evidence.floor.tier) <= eps("float32"):
+        return ()
+    limit = structural_limit(evidence.floor.relative_rms)
+    said = str(why.failure.exception or why).splitlines()[0]
+    return (
+        f"structural: its own casts to {evidence.floor.tier} hide what is smaller than {limit:.3g}:"
+        f" they could not be lifted ({said})",
+    )
+
+
 def _lifted(
     runs: CaseRuns, evidence: Evidence, codes: Mapping[str, Collection[int]]
-) -> Evidence | None:
-    """Return what TP=1 and TP=N give without their own casts; None where either cannot run so."""
-    if runs.lifted is None:
-        return None
-    lifted = runs.lifted.lifting(codes)
+) -> Evidence | JobFailed:
+    """Return what TP=1 and TP=N give without their own casts; why not where either cannot run so.
+
+    Without those of build, if they can: a cache made for bfloat16 rounds whatever is put into it.
+    """
+    whole = _lifted_so(runs.lifted, runs, evidence, codes)
+    if not isinstance(whole, JobFailed):
+        return whole
+    return _lifted_so(runs.lifted_in_forward, runs, evidence, codes)
+
+
+def _lifted_so(
+    alone: CaseRuns | JobFailed,
+    runs: CaseRuns,
+    evidence: Evidence,
+    codes: Mapping[str, Collection[int]],
+) -> Evidence | JobFailed:
+    if isinstance(alone, JobFailed):
+        return alone
+    lifted = alone.lifting(codes)
     lifted.start_clock()
     task = lifted.exact_task(input_order(runs.inputs, evidence.tp_size))
     task = replace(task, pinned=lifted.pinned, decode=False)
@@ -244,8 +271,8 @@ def _lifted(
             evidence, oracle=lifted.oracle, exact=exact, floor=NoiseFloor(), elsewhere=None
         )
         return _with_other_codes(lifted, _with_noise_floor(lifted, apart))[0]
-    except JobFailed:
-        return None
+    except JobFailed as error:
+        return error
 
 
 def _with_other_codes(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:

@@ -18,6 +18,8 @@ def whole(output: Any) -> Any:
     """Unwrap what frameworks return: an HF output's logits, a DTensor's full tensor."""
     if not isinstance(output, torch.Tensor) and hasattr(output, "logits"):
         output = output.logits
+    if isinstance(output, Mapping) and "logits" in output:
+        output = output["logits"]
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     if hasattr(output, "full_tensor"):

@@ -151,7 +151,7 @@ class _Experiment:
             inputs=make_inputs(subject, case, ()),
             order=("A",),
             spec=case.spec,
-            lift=evidence.lifted is not None,
+            lift=evidence.lift,
         )
         oracle = self._evidence.oracle
         if oracle is not None and not self._evidence.exact:

@@ -1,5 +1,8 @@
 """torch.compile'd code: judged without its compiler, in every run, and the report says so."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
@@ -92,3 +95,29 @@ def test_the_compiler_is_back_when_the_last_rank_has_left():
     assert (first.compiled, second.compiled) == (False, True)
     with pytest.raises(BackendCompilerFailed, match="Refused"):
         activation(torch.ones(3))
+
+
+INSIDE = """
+import sys, torch, tpcheck
+
+@tpcheck.subject(vocab_size=64, seq_len=8)
+def build(tp):
+    embed = tp.weight("embed.weight", 64, 32)
+    def refuse(graph, example_inputs):
+        raise RuntimeError("compiled")
+    def forward(input_ids):
+        return torch.compile(torch.sin, backend=refuse)(embed[input_ids])
+    return forward
+
+assert "torch._dynamo.eval_frame" not in sys.modules
+compile_ = torch.compile
+report = tpcheck.run(build, (2,), backend="sim")
+assert report.outcome == "PASS", report
+assert "compiled code ran eagerly, not torch.compile" in report.path.differences
+assert torch.compile is compile_
+"""
+
+
+def test_so_does_what_the_first_forward_compiles_before_the_compiler_is_loaded():
+    done = subprocess.run([sys.executable, "-c", INSIDE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

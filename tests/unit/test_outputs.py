@@ -1,12 +1,14 @@
 """Digests: equal exactly when the bits are, however many ranks of one process share the work."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tpcheck import outputs
 from tpcheck.groups.jobs import Job
 from tpcheck.groups.simulated import SimulatedRanks, SimulatedWorld
-from tpcheck.outputs import Digests, digest
+from tpcheck.outputs import Digests, digest, whole
 
 NAN = float("nan")
 OUTPUTS = {
@@ -67,3 +69,17 @@ def test_simulated_ranks_share_what_agrees_and_keep_what_does_not(monkeypatch):
         plus, minus = digest(torch.tensor([0.0])), digest(torch.tensor([-0.0]))
         assert result.replies == (plus, plus, plus, minus)
     assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        OUTPUTS["plain"],
+        (OUTPUTS["plain"], None),
+        {"logits": OUTPUTS["plain"], "state": 1},
+        SimpleNamespace(logits=OUTPUTS["plain"]),
+        SimpleNamespace(logits=(OUTPUTS["plain"], 1)),
+    ],
+)
+def test_logits_are_found_in_what_frameworks_return(output):
+    assert whole(output) is OUTPUTS["plain"]

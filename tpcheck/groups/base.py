@@ -195,16 +195,27 @@ class RecordedGroup:
         std: float | None = None,
         dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        tensor = self.weights.weight(name, shape, std=std, dtype=dtype)
+        tensor: torch.Tensor = self._unseen(
+            lambda: self.weights.weight(name, shape, std=std, dtype=dtype)
+        )
         return tensor if tensor.device == self.device else tensor.to(self.device)
+
+    def _unseen(self, draw: Callable[[], Any]) -> Any:
+        """Return what is drawn: its rounding to `weight_dtype` is none of the subject's casts."""
+        self.recorder.inside = True
+        try:
+            return draw()
+        finally:
+            self.recorder.inside = False
 
     def digest(self, name: str, output: torch.Tensor) -> str:
         """Return the digest of what this rank gave for the input of that name."""
         return digest(output)
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self.weights.named():
-            yield name, tensor.to(self.device)
+        weights = iter(self.weights.named())
+        while (named := self._unseen(lambda: next(weights, None))) is not None:
+            yield named[0], named[1].to(self.device)
 
     def all_reduce(self, x: torch.Tensor, op: str = "sum") -> torch.Tensor:
         self._check_tensor("all_reduce", x)

@@ -7,9 +7,12 @@ of it and of warnings. So the compiler is off, and a report says that compiled c
 
 from __future__ import annotations
 
+import importlib
 import sys
 from contextlib import ExitStack
 from typing import Any
+
+import torch
 
 _inside: list[Eagerly] = []
 """Simulated ranks take turns: torch's compiler comes back when the last one has left."""
@@ -34,11 +37,22 @@ class Eagerly:
 
 
 def _turn_off() -> None:
-    frames: Any = sys.modules.get("torch._dynamo.eval_frame")
-    if frames is None:  # nothing was compiled without it, and to load it takes a second
+    if "torch._dynamo.eval_frame" in sys.modules:
+        _without_compiler()
         return
-    import torch
+    compiling = torch.compile  # to load torch's compiler takes a second: not before it is asked for
 
+    def compile_(*args: Any, **options: Any) -> Any:
+        torch.compile = compiling
+        _without_compiler()
+        return compiling(*args, **options)
+
+    torch.compile = compile_
+    _on_leaving.callback(setattr, torch, "compile", compiling)
+
+
+def _without_compiler() -> None:
+    frames: Any = importlib.import_module("torch._dynamo.eval_frame")
     _on_leaving.enter_context(torch.compiler.set_stance("force_eager"))
     ask = frames._callback_from_stance  # asked by whatever is compiled, at each call
 

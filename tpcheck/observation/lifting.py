@@ -4,8 +4,9 @@ Requirement: a hard cast to bfloat16 makes a float64 run as noisy as bfloat16, a
 noise would pass. So the same forward runs once more with every floating dtype below float64 held in
 float64, at TP=1 as at TP=N: what still differs is no rounding.
 
-What is written in place keeps its dtype, and so does what was made narrow in build: such casts stay
-and are measured as ever. What cannot be followed is refused, and nothing then rests on this run.
+What is written in place keeps its dtype: build is lifted too, so that a cache is made as wide as
+what is put there, and where build cannot be, such casts stay and are measured as ever. What cannot
+be followed is refused, and nothing then rests on this run.
 """
 
 from __future__ import annotations

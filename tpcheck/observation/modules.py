@@ -239,5 +239,7 @@ def _first(output: Any) -> Any:
 def _plain(tensor: Any) -> torch.Tensor | None:
     if not isinstance(tensor, torch.Tensor):
         return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # one of many, inside vmap
+        return None
     local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local.detach().to("cpu").clone()
