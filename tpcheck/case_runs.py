@@ -183,6 +183,19 @@ class CaseRuns:
             return first, second
         return self.run(exact, tp_size), self.run(deployed, tp_size)
 
+    def accepted(self, near: int) -> list[int]:
+        """Return the degrees up to twice `near` at which the subject builds, in a case's time."""
+        self.start_clock()
+        task, found = self.deployed_task(()), []
+        for size in range(1, min(2 * near, self._ranks.max_size) + 1):
+            try:
+                self.run(task, size)
+                found.append(size)
+            except JobFailed as error:
+                if error.failure.kind != "raised":  # it hung, say: enough was tried
+                    break
+        return found
+
     def exact_task(self, order: tuple[str, ...], *, alone: bool = False) -> Task:
         """Return the task in the oracle's dtype, for TP=1 or for other degrees."""
         dtype = self.oracle_dtype

@@ -155,6 +155,21 @@ def _consumption_problems(evidence: Evidence) -> list[str]:
     return problems
 
 
+def loading_remarks(base: Trace) -> tuple[str, ...]:
+    """Say which named weights TP=1 never reads, or reads more than once, which may be right."""
+    consumed: Mapping[str, int] = base.extras.get("consumed") or {}
+    never = [name for name, times in consumed.items() if times == 0]
+    often = [f"{name} ({times} times)" for name, times in consumed.items() if times > 1]
+    said = [f"never reads {_some(never)}"] * bool(never)
+    said += [f"reads {_some(often)}"] * bool(often)
+    return (f"weights: of the named ones TP=1 {', and '.join(said)}",) if said else ()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more
+
+
 def _disagreement(odd: Trace, usual: Trace, key: str) -> str:
     where = _other_bits(odd.outputs.get(key), usual.outputs.get(key))
     return f", first at {where}" if where else ""

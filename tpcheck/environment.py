@@ -72,6 +72,12 @@ def _torch_facts(device: str) -> dict[str, Any]:
         "bf16_reduced_precision_reduction": matmul.allow_bf16_reduced_precision_reduction,
         "fp16_reduced_precision_reduction": matmul.allow_fp16_reduced_precision_reduction,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "sdpa": {
+            "flash": torch.backends.cuda.flash_sdp_enabled(),
+            "mem_efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
+            "math": torch.backends.cuda.math_sdp_enabled(),
+        },
+        "cuda_graphs": False if device == "cpu" else None,  # a subject may replay its own
         "num_threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 from tpcheck.case_runs import CaseRuns
 from tpcheck.checks import run_checks
+from tpcheck.conduct import loading_remarks
 from tpcheck.divergence import first_divergence
 from tpcheck.evidence import Evidence, routing_flips
 from tpcheck.explanations import explained
@@ -82,7 +83,8 @@ class Investigation:
         divergence, more = self._where(evidence, checks)
         counts = checks["schedule"].facts.get("per_forward", {})
         facts = evidence.deployed[0].facts
-        return Findings(checks, divergence, facts, counts, (*notes, *more))
+        remarks = (*notes, *more, *loading_remarks(evidence.base))
+        return Findings(checks, divergence, facts, counts, remarks)
 
     def evidence(self, tp_size: int) -> tuple[Evidence, tuple[str, ...]]:
         """Return what `findings` judges, and notes on how it came about. Raises as it does."""

@@ -84,6 +84,9 @@ class CaseJudge:
                 raise failure.exception from None
             if illegal is not None and isinstance(failure.exception, IllegalDegreeError):
                 return refused_as_planned(case, tp_size, dtype, str(illegal), repro=repro)
+            if isinstance(failure.exception, IllegalDegreeError):
+                message = self._with_accepted(failure.exception, tp_size)
+                return refused(case, tp_size, dtype, message, repro=repro)
             return judge_failure(case, tp_size, dtype, failure, repro=repro)
         if illegal is not None:
             return accepted_illegal(case, tp_size, dtype, str(illegal), repro=repro)
@@ -97,6 +100,13 @@ class CaseJudge:
             first_divergence=found.first_divergence,
             notes=found.notes,
         )
+
+    def _with_accepted(self, refusal: IllegalDegreeError, tp_size: int) -> str:
+        """Return why a subject refuses a degree, and the degrees that it takes."""
+        if refusal.legal_tp_sizes:  # a plan's message, which names them
+            return str(refusal)
+        sizes = ", ".join(map(str, self._investigation.runs.accepted(tp_size))) or "none was found"
+        return f"{refusal}\n  tp_size at which it builds: {sizes}"
 
     def confirmed(self, tp_size: int) -> Verdict:
         """Return the verdict at one degree; a simulated failure is held against real ranks."""

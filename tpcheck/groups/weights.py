@@ -179,6 +179,11 @@ class WeightSource:
         """Set what `named_weights()` yields: a checkpoint's tensors, or generated ones."""
         self._loaders = tuple(loaders)
 
+    @property
+    def offered(self) -> tuple[str, ...]:
+        """The names that `named` yields."""
+        return tuple(name for name, _ in self._loaders or ())
+
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._loaders is None:
             raise SubjectError(

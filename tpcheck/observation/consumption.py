@@ -2,8 +2,8 @@
 
 Requirement: a loader that skips a name, or loads one twice, at TP=N but not at TP=1 is a bug that
 may cost a whole tensor. A name counts as consumed when an op reads the tensor that was yielded, or
-when the subject keeps it. What TP=1 itself skips (an inv_freq buffer, a tied head) is no finding,
-so counts are compared between degrees and never judged here.
+when the subject keeps it. What TP=1 itself skips (an inv_freq buffer, a tied head) may well be
+right, so counts are compared between degrees, and what is odd at TP=1 is a remark.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ class Consumption:
         self._pending: list[tuple[str, torch.Tensor]] = []
         self._read: set[int] = set()
         self._counts: dict[str, int] = {}
+        self._weights = weights
         weights.on_yield = self._remember
 
     def counts(self) -> dict[str, int]:
-        """Return name -> how often it was consumed; empty when nothing was offered."""
+        """Return name -> how often it was consumed; empty when no weight was asked for by name."""
         self._settle(keep=0)
-        return self._counts
+        return dict.fromkeys(self._weights.offered, 0) | self._counts if self._counts else {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:

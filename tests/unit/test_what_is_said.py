@@ -1,0 +1,105 @@
+"""What a run says although nothing failed, or nothing ran: remarks, skips and ways out."""
+
+import pytest
+import torch
+
+import tpcheck
+from tpcheck.groups.jobs import Job
+from tpcheck.groups.simulated import SimulatedRanks
+
+SHAPES = {"a.w": (8, 8), "b.w": (8,)}
+
+
+def verdict_of(subject, tp_sizes=(2,), **options):
+    return tpcheck.run(subject, tp_sizes, backend="sim", **options).verdicts[-1]
+
+
+def loading(read):
+    @tpcheck.subject(vocab_size=8, seq_len=4, weights=SHAPES)
+    def build(tp):
+        weights = read(tp)
+        return lambda input_ids: weights["a.w"][input_ids]
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("read", "remark"),
+    [
+        (lambda tp: dict([next(iter(tp.named_weights()))]), "never reads b.w"),
+        (
+            lambda tp: {**dict(tp.named_weights()), **dict(tp.named_weights())},
+            "reads a.w (2 times), b.w (2 times)",
+        ),
+    ],
+)
+def test_named_weights_that_no_degree_reads_once_are_remarked_on(read, remark):
+    found = verdict_of(loading(read))
+    assert found.outcome == "PASS"
+    assert f"weights: of the named ones TP=1 {remark}" in found.reasons
+
+
+def test_named_weights_that_are_read_once_are_not():
+    found = verdict_of(loading(lambda tp: dict(tp.named_weights())))
+    assert not [reason for reason in found.reasons if reason.startswith("weights")]
+
+
+def test_a_refusal_of_the_subjects_own_names_the_degrees_at_which_it_builds():
+    @tpcheck.subject(vocab_size=8, seq_len=4)
+    def build(tp):
+        if 6 % tp.size:
+            raise tpcheck.IllegalDegreeError(f"heads=6, tp_size={tp.size}")
+        embed = tp.weight("embed", 8, 8)
+        return lambda input_ids: embed[input_ids]
+
+    found = verdict_of(build, (2, 4))
+    assert found.outcome == "ILLEGAL"
+    assert found.checks["plan"].reason == (
+        "heads=6, tp_size=4\n  tp_size at which it builds: 1, 2, 3, 6"
+    )
+
+
+def test_a_comparison_of_nothing_but_nan_does_not_pass():
+    @tpcheck.subject(vocab_size=8, seq_len=4)
+    def build(tp):
+        embed = tp.weight("embed", 8, 8) * float("nan")
+        return lambda input_ids: embed[input_ids]
+
+    found = verdict_of(build)
+    assert found.outcome == "INCONCLUSIVE"
+    assert found.checks["allclose"].outcome == "SKIPPED"
+
+
+def average_of_integers(world, _):
+    group = world.group(seed=0, dtype=torch.float32, weight_dtype=torch.float32)
+    group.all_reduce(torch.ones(2, dtype=torch.int64), "avg")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_whole_numbers_have_no_average_at_any_size(size):
+    (result,) = SimulatedRanks().run([Job(f"{__name__}:average_of_integers", None, size)])
+    assert "op='avg' of int64, but should be of a floating dtype" in str(result.failure.exception)
+
+
+def test_modules_called_under_vmap_are_no_crash_of_localization():
+    @tpcheck.subject(vocab_size=8, seq_len=4)
+    def build(tp):
+        embed, up = tp.weight("embed", 8, 8), tp.weight("up", 16, 8).chunk(tp.size)[0]
+        down = tp.weight("down", 8, 16).chunk(tp.size, 1)[tp.rank]
+        linear = torch.nn.Linear(8, 16 // tp.size, bias=False)
+        linear.weight.data = up  # rank 0's rows on every rank
+        rows = torch.vmap(linear)
+        return lambda input_ids: tp.all_reduce(rows(embed[input_ids]) @ down.T)
+
+    assert verdict_of(build, confirm=False).outcome == "WRONG"
+
+
+def test_the_environment_says_which_attention_and_graphs_may_run():
+    @tpcheck.subject(vocab_size=8, seq_len=4)
+    def build(tp):
+        embed = tp.weight("embed", 8, 8)
+        return lambda input_ids: embed[input_ids]
+
+    facts = tpcheck.run(build, (2,), backend="sim").environment
+    assert set(facts["sdpa"]) == {"flash", "mem_efficient", "math"}
+    assert facts["cuda_graphs"] is False
