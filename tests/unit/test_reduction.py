@@ -173,6 +173,11 @@ def test_avg_is_the_rounded_sum_divided():
     assert torch.equal(reduce(tensors, "avg", "tree"), reduce_sum(tensors, "tree") / 6)
 
 
+def test_avg_truncates_whole_numbers_as_real_ranks_do():
+    tensors = [torch.tensor([-7, -1, 1, 7]), torch.tensor([0, 0, 0, 0]), torch.tensor([0, 0, 1, 1])]
+    assert reduce(tensors, "avg").tolist() == [-2, 0, 0, 2]
+
+
 @pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_nan_and_infinity_stay_in_their_place(kind):
     tensors = draw(4, (50,), torch.float16)

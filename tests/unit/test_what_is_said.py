@@ -4,8 +4,6 @@ import pytest
 import torch
 
 import tpcheck
-from tpcheck.groups.jobs import Job
-from tpcheck.groups.simulated import SimulatedRanks
 
 SHAPES = {"a.w": (8, 8), "b.w": (8,)}
 
@@ -70,26 +68,20 @@ def test_a_comparison_of_nothing_but_nan_does_not_pass():
     assert found.checks["allclose"].outcome == "SKIPPED"
 
 
-def average_of_integers(world, _):
-    group = world.group(seed=0, dtype=torch.float32, weight_dtype=torch.float32)
-    group.all_reduce(torch.ones(2, dtype=torch.int64), "avg")
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_whole_numbers_have_no_average_at_any_size(size):
-    (result,) = SimulatedRanks().run([Job(f"{__name__}:average_of_integers", None, size)])
-    assert "op='avg' of int64, but should be of a floating dtype" in str(result.failure.exception)
-
-
 def test_modules_called_under_vmap_are_no_crash_of_localization():
     @tpcheck.subject(vocab_size=8, seq_len=4)
     def build(tp):
-        embed, up = tp.weight("embed", 8, 8), tp.weight("up", 16, 8).chunk(tp.size)[0]
+        embed, bias = tp.weight("embed", 8, 8), tp.weight("bias", 16).chunk(tp.size)[0]
+        up = tp.weight("up", 16, 8).chunk(tp.size)[tp.rank]
         down = tp.weight("down", 8, 16).chunk(tp.size, 1)[tp.rank]
-        linear = torch.nn.Linear(8, 16 // tp.size, bias=False)
-        linear.weight.data = up  # rank 0's rows on every rank
-        rows = torch.vmap(linear)
-        return lambda input_ids: tp.all_reduce(rows(embed[input_ids]) @ down.T)
+        net = torch.nn.Sequential(torch.nn.Linear(8, 16 // tp.size), torch.nn.GELU())
+        held = {"0.weight": up, "0.bias": bias}  # rank 0's biases on every rank
+
+        def forward(input_ids):
+            rows = torch.vmap(lambda row: torch.func.functional_call(net, held, (row,)))
+            return tp.all_reduce(rows(embed[input_ids]) @ down.T)
+
+        return forward
 
     assert verdict_of(build, confirm=False).outcome == "WRONG"
 

@@ -223,11 +223,6 @@ class RecordedGroup:
             raise SubjectError(
                 f"all_reduce: op={op!r}, but should be one of {', '.join(REDUCE_OPS)}"
             )
-        if op == "avg" and not (x.is_floating_point() or x.is_complex()):
-            raise SubjectError(
-                f"all_reduce: op='avg' of {dtype_name(x.dtype)}, but should be of a floating dtype:"
-                " whole numbers have no average on every backend; use sum"
-            )
         return self._call("all_reduce", x, op, lambda t: self._all_reduce(t, op))
 
     def all_gather(self, x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -37,7 +37,7 @@ def reduce(
 ) -> Tensor:
     """Reduce the ranks' tensors as an all-reduce of this kind would.
 
-    `avg` is the sum divided by the world afterwards, as on Gloo; integers have no average there.
+    `avg` is the sum divided by the world afterwards, as on Gloo; real ranks truncate whole numbers.
     `max` and `min` follow the ring whatever the kind: order matters to NaN and signed zeros only.
 
     Args:
@@ -57,7 +57,9 @@ def reduce(
     if op == "sum":
         return reduce_sum(tensors, kind)
     if op == "avg":
-        return reduce_sum(tensors, kind).div_(len(tensors))
+        total = reduce_sum(tensors, kind)
+        whole = not (total.is_floating_point() or total.is_complex())
+        return total.div_(len(tensors), rounding_mode="trunc" if whole else None)
     if op not in _FOLDS:
         raise ValueError(f"reduce: op={op!r}, but should be sum, avg, max or min")
     if not isinstance(kind, ProbedReduction):
