@@ -35,7 +35,7 @@ from tpcheck.observation.planting import Plant, Planter
 from tpcheck.observation.program import Program
 from tpcheck.observation.recording import Recording
 from tpcheck.observation.whereabouts import building, running
-from tpcheck.outputs import checked_shards, whole
+from tpcheck.outputs import beside, checked_shards, whole
 from tpcheck.spec import ModelSpec
 from tpcheck.subjects import Subject, SubjectRef, resolve, with_spec
 from tpcheck.trace import Trace
@@ -272,13 +272,13 @@ class _Runner:
 
     def _facts(self) -> dict[str, Any]:
         """What carried the run, and what the subject says of itself."""
-        own = dict(getattr(self._forward, "facts", None) or {})
         return {
             "device": str(self._group.device),
             "compiled": False,
             "compiler_bypassed": self._eagerly.compiled,
             "threads_per_rank": torch.get_num_threads(),
-        } | own
+            "not_compared": self._extras.get("beside", 0),
+        } | dict(getattr(self._forward, "facts", None) or {})
 
     def _run(self, name: str, function: Callable[..., Any], input_id: str) -> None:
         arguments = self._arguments(input_id)  # out here: rounding them is no cast of the subject's
@@ -355,7 +355,7 @@ class _Runner:
         return tensor.clone()  # simulated ranks share the task; a subject may write to its inputs
 
     def _checked(self, name: str, output: Any) -> torch.Tensor | None:
-        output = whole(output)
+        self._extras["beside"], output = beside(output), whole(output)
         if output is None and self._subject.options.logits == "rank0" and self._group.rank > 0:
             return None
         if not isinstance(output, torch.Tensor):

@@ -130,7 +130,9 @@ def subject(
     if inputs is not None and not callable(inputs):
         raise SubjectError(f"subject: inputs={inputs!r}, but should be fn(generator, ...)")
     if inputs is None and not vocab_size and spec is None and specs is None:
-        raise SubjectError("subject: give vocab_size= or inputs=, so that tpcheck can feed it")
+        raise SubjectError(
+            "subject: give vocab_size= (more than 0) or inputs=, so that tpcheck can feed it"
+        )
     if spec is not None:
         vocab_size = vocab_size or spec.vocab_size
         seq_len = seq_len or min(DEFAULT_SEQ_LEN, spec.max_position_embeddings)

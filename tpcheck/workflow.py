@@ -202,7 +202,11 @@ def _notes(plan: RunPlan, seen: Seen) -> tuple[str, ...]:
     searched = () if plan.cases else (_searched(plan, seen),)
     unknown = plan.model.reason
     digest = (f"the model has no digest, which a receipt needs: {unknown}",) if unknown else ()
-    return (*degrees, *searched, *digest, *([str(said)] if said else []))
+    more = seen.facts.get("not_compared")
+    first = (
+        (f"forward returns {more + 1} tensors, of which the first was compared",) if more else ()
+    )
+    return (*degrees, *searched, *digest, *first, *([str(said)] if said else []))
 
 
 def _searched(plan: RunPlan, seen: Seen) -> str:

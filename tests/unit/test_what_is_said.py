@@ -95,3 +95,14 @@ def test_the_environment_says_which_attention_and_graphs_may_run():
     facts = tpcheck.run(build, (2,), backend="sim").environment
     assert set(facts["sdpa"]) == {"flash", "mem_efficient", "math"}
     assert facts["cuda_graphs"] is False
+
+
+def test_tensors_beside_the_first_are_said_not_to_be_compared():
+    @tpcheck.subject(vocab_size=8, seq_len=4)
+    def build(tp):
+        embed = tp.weight("embed", 8, 8)
+        return lambda input_ids: (embed[input_ids], embed[input_ids] * tp.size, None)
+
+    report = tpcheck.run(build, (2,), backend="sim")
+    assert "forward returns 2 tensors, of which the first was compared" in report.notes
+    assert report.environment["subject"]["not_compared"] == 1

@@ -233,7 +233,9 @@ class SimulatedWorld:
         if getcurrent() is not rank.greenlet:
             raise SubjectError(
                 f"{call.describe()}: called outside rank {self.rank}'s run (from another thread, or"
-                " after it), but should be called by the code under test itself"
+                " after it), but should be called by the code under test itself; a group kept in a"
+                " global is another rank's here, because simulated ranks share one process: use"
+                " --backend gloo"
             )
         _refuse_to_park_inside_cpp(call)
         rank.call, rank.operand, rank.combine = call, x, combine
