@@ -86,7 +86,10 @@ def test_options_are_kept_and_defaults_are_those_of_the_contract():
     ("options", "message"),
     [
         ({}, "subject: give vocab_size= (more than 0) or inputs=, so that tpcheck can feed it"),
-        ({"seq_len": 4}, "subject: give vocab_size= (more than 0) or inputs=, so that tpcheck can feed it"),
+        (
+            {"seq_len": 4},
+            "subject: give vocab_size= (more than 0) or inputs=, so that tpcheck can feed it",
+        ),
         ({"vocab_size": -1}, "subject: vocab_size=-1, but should be a whole number >= 0"),
         ({"vocab_size": True}, "subject: vocab_size=True, but should be a whole number >= 0"),
         ({"vocab_size": 2.0}, "subject: vocab_size=2.0, but should be a whole number >= 0"),
