@@ -61,6 +61,11 @@ def mismatch(world, payload):
     return group.all_reduce(x)
 
 
+def two_dtypes(world, payload):
+    dtype = torch.float32 if world.rank == payload["rank"] else torch.float64
+    return _group(world).all_reduce(torch.ones(2, dtype=dtype))
+
+
 def return_early(world, payload):
     group = _group(world)
     group.all_reduce(torch.ones(2))

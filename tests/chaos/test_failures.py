@@ -103,6 +103,15 @@ def test_ranks_in_different_collectives_are_a_schedule_failure_long_before_the_t
     assert "in mismatch" in failure.stacks[3]
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_two_dtypes_that_end_a_rank_are_a_schedule_failure_with_every_ranks_call(pool, rank):
+    failure = failure_of(pool, "two_dtypes", {"rank": rank}, size=3)
+    assert failure.kind == "schedule"
+    assert isinstance(failure.exception, ScheduleError)
+    assert f"rank {rank} called all_reduce([2] float32, sum) (#0)" in failure.message
+    assert "called all_reduce([2] float64, sum) (#0)" in failure.message
+
+
 def test_a_rank_that_returns_without_a_collective_is_a_schedule_failure(pool):
     failure = failure_of(pool, "return_early", {"rank": 1}, size=4)
     assert failure.kind == "schedule"

@@ -12,7 +12,6 @@ import contextlib
 import pickle
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from tpcheck.errors import ScheduleError
 from tpcheck.groups import wire
@@ -70,6 +69,9 @@ class Watch:
             self._fail(rank, now)
 
     def bury(self, rank: int, death: str, now: float) -> None:
+        flight = self.links[rank].flight()
+        if flight.job == self.number:  # it died before anybody looked
+            self._seen[rank] = (flight, now)
         self.deaths[rank] = death
         self._fail(rank, now)
 
@@ -98,14 +100,11 @@ class Watch:
             replies = [wire.unpack(self.replies[rank].value) for rank in range(self.job.size)]
             return JobResult(replies=tuple(replies))
         if reason == "schedule":
-            message = self._waiting_text()
-            fields: dict[str, Any] = {
-                "exception_type": "ScheduleError",
-                "exception": ScheduleError(message),
-            }
-            return JobResult(failure=self._failure("schedule", message, None, **fields))
+            return JobResult(failure=self._mismatch(self._waiting_text()))
         if reason == "hung":
             return JobResult(failure=self._hang())
+        if self._calls_differ():  # a backend that is given two dtypes, say, ends a rank or raises
+            return JobResult(failure=self._mismatch(self._calls_text()))
         return JobResult(failure=self._blame())
 
     def _fail(self, rank: int, now: float) -> None:
@@ -172,6 +171,26 @@ class Watch:
             exception = pickle.loads(reply.exception) if reply.exception else None
             return self._failure(reply.kind, message, rank, reply, exception)
         return self._failure(reply.kind, message, rank, reply)
+
+    def _mismatch(self, message: str) -> RankFailure:
+        error = ScheduleError(message)
+        return self._failure(
+            "schedule", message, None, exception=error, exception_type="ScheduleError"
+        )
+
+    def _calls_differ(self) -> bool:
+        """Return whether all ranks came as far, but not to the same call."""
+        flights = [self._flight(rank) for rank in range(self.job.size)]
+        places = {(flight.generation, flight.sequence) for flight in flights}
+        return len(places) == 1 and len({flight.text for flight in flights}) > 1
+
+    def _calls_text(self) -> str:
+        groups: dict[str, list[int]] = {}
+        for rank in range(self.job.size):
+            flight = self._flight(rank)
+            groups.setdefault(f"{flight.text} (#{flight.sequence})", []).append(rank)
+        calls = ", ".join(f"{rank_list(ranks)} called {call}" for call, ranks in groups.items())
+        return f"{calls}: {self._blame().message}"
 
     def _is_echo(self, rank: int) -> bool:
         reply = self.replies.get(rank)
