@@ -145,7 +145,7 @@ def test_a_degree_the_subject_refuses_is_illegal():
     (verdict,) = run("rank0_bias:build", (3,), ("bfloat16",), backend="sim").verdicts
     assert (verdict.outcome, verdict.reasons) == (
         "ILLEGAL",
-        ("plan: intermediate_size=64, tp_size=3",),
+        ("plan: intermediate_size=64, tp_size=3\n  tp_size at which it builds: 1, 2, 4",),
     )
 
 
