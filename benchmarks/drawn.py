@@ -6,6 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 
+def drawing(seed: int, count: int, cases: Any) -> Callable[[Callable[[Any], None]], Any]:
+    """Return a decorator that calls a function with `count` cases drawn from one seed."""
+    import hypothesis
+
+    chosen = hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    return lambda run: hypothesis.seed(seed)(chosen(hypothesis.given(cases)(run)))
+
+
 def judged_points(
     seed: int, count: int, build: Callable[[Any, Any], Any], keep: Callable[[Any, Any], None]
 ) -> None:
@@ -15,7 +29,6 @@ def judged_points(
         build: (tp, point) -> forward.
         keep: takes the point and its only verdict.
     """
-    import hypothesis
     import torch
 
     import tpcheck
@@ -23,15 +36,7 @@ def judged_points(
 
     torch.set_num_threads(1)
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(points(max_layers=2, max_seq_len=9))
+    @drawing(seed, count, points(max_layers=2, max_seq_len=9))
     def run(point: Any) -> None:
         @tpcheck.subject(spec=point.spec, seq_len=point.seq_len)
         def subject(tp):  # type: ignore[no-untyped-def]

@@ -73,7 +73,11 @@ def chunk(seed: int, count: int) -> list[dict[str, Any]]:
         """Return whether TP=N alone casts, whether there is a fault, and which functions cast."""
         drawn = random.Random(seed * CHUNK + len(rows))
         alone, faulty = drawn.random() < 0.5, drawn.random() < 0.5
-        return alone, faulty, set().union(*drawn.sample(narrowable, drawn.randint(1, 5)))
+        return (
+            alone,
+            faulty,
+            set().union(*drawn.sample(narrowable, drawn.randint(1, len(narrowable)))),
+        )
 
     def build(tp: Any, point: Any) -> Any:
         alone, faulty, functions = choices()

@@ -19,6 +19,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from drawn import drawing
+
 DEGREES = (2, 3, 4, 8)
 DTYPES = ("bfloat16", "float16")
 CHUNK = 20
@@ -28,7 +30,6 @@ CONFIRM_EVERY = 50
 
 def drawn(seed: int, count: int) -> list[Any]:
     """Return (point, policy) of `count` cases drawn from one seed."""
-    import hypothesis
     from hypothesis import strategies as st
 
     from tpcheck.quantization import FORMATS
@@ -57,15 +58,7 @@ def drawn(seed: int, count: int) -> list[Any]:
 
     found: list[Any] = []
 
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=count,
-        database=None,
-        deadline=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(cases())
+    @drawing(seed, count, cases())
     def collect(case: tuple[Any, Any]) -> None:
         found.append(case)
 

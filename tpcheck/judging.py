@@ -85,8 +85,8 @@ class CaseJudge:
             if illegal is not None and isinstance(failure.exception, IllegalDegreeError):
                 return refused_as_planned(case, tp_size, dtype, str(illegal), repro=repro)
             if isinstance(failure.exception, IllegalDegreeError):
-                message = self._with_accepted(failure.exception, tp_size)
-                return refused(case, tp_size, dtype, message, repro=repro)
+                refusal = self._with_accepted(failure.exception, tp_size)
+                failure = replace(failure, exception=refusal)
             return judge_failure(case, tp_size, dtype, failure, repro=repro)
         if illegal is not None:
             return accepted_illegal(case, tp_size, dtype, str(illegal), repro=repro)
@@ -101,12 +101,14 @@ class CaseJudge:
             notes=found.notes,
         )
 
-    def _with_accepted(self, refusal: IllegalDegreeError, tp_size: int) -> str:
-        """Return why a subject refuses a degree, and the degrees that it takes."""
+    def _with_accepted(self, refusal: IllegalDegreeError, tp_size: int) -> IllegalDegreeError:
+        """Return a subject's refusal with the degrees that it takes."""
         if refusal.legal_tp_sizes:  # a plan's message, which names them
-            return str(refusal)
-        sizes = ", ".join(map(str, self._investigation.runs.accepted(tp_size))) or "none was found"
-        return f"{refusal}\n  tp_size at which it builds: {sizes}"
+            return refusal
+        legal = self._investigation.runs.accepted(tp_size)
+        sizes = ", ".join(map(str, legal)) or "none was found"
+        message = f"{refusal}\n  tp_size at which it builds: {sizes}"
+        return IllegalDegreeError(message, legal_tp_sizes=legal)
 
     def confirmed(self, tp_size: int) -> Verdict:
         """Return the verdict at one degree; a simulated failure is held against real ranks."""

@@ -95,6 +95,8 @@ def make_run_plan(
             f"reduction={settings.reduction!r} is emulated, so it needs backend sim, not {chosen}"
         )
     limit = cases or (DEFAULT_GENERATED if generates else 1)
+    if limit > MAX_CASES:
+        raise TPCheckError(f"cases={limit}, but should be at most {MAX_CASES}")
     if seed + limit - 1 > MAX_SEED:
         raise TPCheckError(f"seed={seed}, but seeds of {limit} cases should not pass {MAX_SEED}")
     _require_room(subject, one or first)
@@ -169,8 +171,6 @@ def _require_dtypes(dtypes: Sequence[str]) -> None:
 def _require_whole(name: str, value: object, *, at_least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise TPCheckError(f"{name}={value!r}, but should be a whole number of at least {at_least}")
-    if name == "cases" and value > MAX_CASES:
-        raise TPCheckError(f"cases={value}, but should be at most {MAX_CASES}")
 
 
 def _require_room(subject: Subject, case: Case) -> None:

@@ -43,8 +43,9 @@ def _turn_off() -> None:
     compiling = torch.compile  # to load torch's compiler takes a second: not before it is asked for
 
     def compile_(*args: Any, **options: Any) -> Any:
-        torch.compile = compiling
-        _without_compiler()
+        if torch.compile is compile_:  # not so for a name of it that outlives this context
+            torch.compile = compiling
+            _without_compiler()
         return compiling(*args, **options)
 
     torch.compile = compile_
