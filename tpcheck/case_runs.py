@@ -116,6 +116,13 @@ class CaseRuns:
         return self.run(replace(self.noisy_task, sent=self.oracle.extras["sent"]), 1)[0]
 
     @cached_property
+    def unsteady(self) -> Trace:
+        """TP=1 in `oracle_dtype` with every operand moved by an ulp of it."""
+        task = self.exact_task(tuple(self.inputs), alone=True)
+        task = replace(task, decode=False, pinned=self.pinned, last_bits=_NOISE_SEED)
+        return self.run(task, 1)[0]
+
+    @cached_property
     def rebuilt(self) -> Trace:
         """TP=1 in `oracle_dtype` once more, after whatever was built before this is asked for."""
         task = self.exact_task(self._all_lengths, alone=True)
@@ -124,7 +131,7 @@ class CaseRuns:
     def watch_every_length(self) -> None:
         """From here on, look for casts and choices in the forward of every input."""
         self.task = replace(self.task, watch_all=True)
-        for made in ("oracle", "noisy_alone", "rebuilt", "lifted", "lifted_in_forward"):
+        for made in ("oracle", "noisy_alone", "unsteady", "rebuilt", "lifted", "lifted_in_forward"):
             vars(self).pop(made, None)
 
     @cached_property
@@ -143,7 +150,7 @@ class CaseRuns:
 
     def _without_casts(self, lift: str) -> CaseRuns | JobFailed:
         lifted = copy.copy(self)
-        for made in ("oracle", "base", "noisy_alone", "rebuilt"):
+        for made in ("oracle", "base", "noisy_alone", "unsteady", "rebuilt"):
             vars(lifted).pop(made, None)
         lifted.task = replace(self.task, lift=lift)
         lifted._timeout_s = self._timeout_s / 4

@@ -147,6 +147,16 @@ def noise_floor(
     )
 
 
+def last_bits_floor(moved: Trace, still: Trace) -> NoiseFloor:
+    """Return the floor that float64's own rounding sets, from a run whose last bits moved."""
+    response = output_response(moved, still)
+    return NoiseFloor(
+        relative_rms=response,
+        sliced={"A": sliced_relative_rms(moved.outputs["A"], still.outputs["A"])},
+        source=f"an ulp of float64 at every operation moves TP=1's output by {response:.2g}",
+    )
+
+
 def routing_flips(
     own: Mapping[str, Sequence[Choice]], reference: Mapping[str, Sequence[Choice]]
 ) -> tuple[int, float]:

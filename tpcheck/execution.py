@@ -8,6 +8,7 @@ at every degree, and hand back outputs, digests and what it saw on the way. It n
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -22,6 +23,7 @@ from tpcheck.observation.consumption import Consumption, offer_weights, one_ulp_
 from tpcheck.observation.dispatch import Choice, Watch
 from tpcheck.observation.eagerly import Eagerly
 from tpcheck.observation.injection import reduction_noise
+from tpcheck.observation.last_bits import LastBits
 from tpcheck.observation.lifting import Lift
 from tpcheck.observation.modules import (
     ModuleTracer,
@@ -35,7 +37,7 @@ from tpcheck.observation.planting import Plant, Planter
 from tpcheck.observation.program import Program
 from tpcheck.observation.recording import Recording
 from tpcheck.observation.whereabouts import building, running
-from tpcheck.outputs import beside, checked_shards, whole
+from tpcheck.outputs import beside, checked_shards, decoded, whole
 from tpcheck.spec import ModelSpec
 from tpcheck.subjects import Subject, SubjectRef, resolve, with_spec
 from tpcheck.trace import Trace
@@ -52,7 +54,8 @@ class Task:
     again". watch: see casts, choices and torch.distributed calls; watch_all: in every forward,
     whatever the first one showed. perturb_seed: move narrow casts by half an ulp. perturb_weights:
     move weights by half an ulp of the compute dtype; other_weights: by an ulp of the storage dtype,
-    alike in every compute dtype. lift: compute in `dtype` what the subject would compute in a
+    alike in every compute dtype. last_bits: move the operands of every op of `dtype` by an ulp
+    (observation/last_bits.py). lift: compute in `dtype` what the subject would compute in a
     narrower one, in its "forward" or in "all" it does; lift_codes: its quantizers too
     (observation/lifting.py). noise_dtype: add to every reduction the rounding this dtype must cost.
     codes: TP=1's quantizers; sent: input id -> the casts that are a reduction's
@@ -74,6 +77,7 @@ class Task:
     perturb_seed: int | None = None
     perturb_weights: int | None = None
     other_weights: int | None = None
+    last_bits: int | None = None
     lift: str = ""
     lift_codes: Mapping[str, Collection[int]] = field(default_factory=dict)
     noise_dtype: str = ""
@@ -235,11 +239,12 @@ class _Runner:
             name = AGAIN if input_id in self._collectives else input_id
             self._run(name, self._forward, input_id)
         if task.decode and hasattr(self._forward, "prefill") and hasattr(self._forward, "step"):
+            decode = functools.partial(decoded, self._forward)
             if "B" in task.inputs:  # another request, whose leftovers in a cache must not show
                 with self._own_calls or contextlib.nullcontext():
-                    self._decode(*self._arguments("B"))
+                    decode(*self._arguments("B"))
                 self._group.recorder.take()
-            self._run("decode", self._decode, "A")
+            self._run("decode", decode, "A")
         if task.trace:
             with self._eagerly:
                 self._trace_modules()
@@ -285,8 +290,8 @@ class _Runner:
         # Inside the mode that hands calls on, the watching one does not see what that does to them.
         own_calls = self._own_calls or contextlib.nullcontext()
         within = running(self._group, name, arguments)
-        watching, lifting = self._watching(name, input_id), self._lifting(name)
-        with self._eagerly, within, own_calls, watching, lifting:
+        watching, altered = self._watching(name, input_id), self._altered(name)
+        with self._eagerly, within, own_calls, watching, altered:
             output = self._checked(name, function(*arguments))
         self._collectives[name] = self._group.recorder.take()
         if output is None:
@@ -326,23 +331,28 @@ class _Runner:
         for cast_ in watch.casts:
             self._casts.setdefault((cast_.fqn, cast_.source, cast_.target), cast_)
 
-    def _lifting(self, name: str) -> contextlib.AbstractContextManager[Any]:
+    @contextlib.contextmanager
+    def _altered(self, name: str) -> Iterator[None]:
+        """Alter the arithmetic of a forward as the task asks, not what it computes."""
         group, task = self._group, self._task
-        if not task.lift:
-            return contextlib.nullcontext()
-        codes = task.lift_codes.get(name, ()) if group.size > 1 else ()
-        return Lift(group.recorder, group.dtype, codes=codes)
+        with contextlib.ExitStack() as modes:
+            if task.last_bits is not None:
+                modes.enter_context(LastBits(group.recorder, group.dtype, task.last_bits))
+            if task.lift:
+                codes = task.lift_codes.get(name, ()) if group.size > 1 else ()
+                modes.enter_context(Lift(group.recorder, group.dtype, codes=codes))
+            yield
 
     def _needs_watching(self, name: str) -> bool:
         """Watching costs Python for every op: stop once the first forward showed nothing.
 
-        The longest input is watched as well, because code may branch on the length; decoding
-        repeats what a forward does.
+        One token is watched as well, because code branches there; decoding repeats what a forward
+        does.
         """
         task = self._task
         if task.pinned or task.perturb_seed is not None:
             return True
-        first = name in (task.order[0], "A") or task.watch_all
+        first = name in (task.order[0], "A", "t1") or task.watch_all
         return task.watch and name != "decode" and (first or not self._quiet)
 
     def _arguments(self, input_id: str) -> list[torch.Tensor]:
@@ -369,19 +379,6 @@ class _Runner:
             return tensor.float()  # the same values; torch can neither subtract nor test these
         return tensor.clone(memory_format=torch.contiguous_format)
 
-    def _decode(self, ids: torch.Tensor, *_: torch.Tensor) -> torch.Tensor | None:
-        """Prefill the first half of A, then step through the rest, one token at a time."""
-        half = max(1, ids.shape[1] // 2)
-        logits, state = self._forward.prefill(ids[:, :half])
-        pieces = [logits]
-        for position in range(half, ids.shape[1]):
-            logits, state = self._forward.step(ids[:, position : position + 1], state)
-            pieces.append(logits)
-        pieces = [whole(piece) for piece in pieces]
-        if any(piece is None for piece in pieces):
-            return None
-        return torch.cat([p if p.ndim == 3 else p.unsqueeze(1) for p in pieces], 1)
-
     def _trace_modules(self) -> None:
         task = self._task
         points = traced_modules(self._forward)
@@ -391,7 +388,7 @@ class _Runner:
         watch = Watch(self._group.recorder, pinned=pinned, rank=self._group.rank)
         arguments = self._arguments(task.trace)
         with tracer, self._own_calls or contextlib.nullcontext():
-            with watch if pinned else contextlib.nullcontext(), self._lifting(task.trace):
+            with watch if pinned else contextlib.nullcontext(), self._altered(task.trace):
                 self._forward(*arguments)
         self._group.recorder.take()
         self._extras["points"] = tracer.records

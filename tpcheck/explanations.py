@@ -7,6 +7,7 @@ reference; where that floor is coarse, the casts are lifted.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -14,10 +15,10 @@ from dataclasses import replace
 from tpcheck.case_runs import CaseRuns
 from tpcheck.checks import structural
 from tpcheck.drift_explanations import explain_drift
-from tpcheck.evidence import Evidence, NoiseFloor, noise_floor, routing_flips
+from tpcheck.evidence import Evidence, NoiseFloor, last_bits_floor, noise_floor, routing_flips
 from tpcheck.groups.jobs import JobFailed
 from tpcheck.inputs import input_order
-from tpcheck.numerics.tolerance import STRUCTURAL_LIMIT, structural_limit
+from tpcheck.numerics.tolerance import NOISE_FACTOR, STRUCTURAL_LIMIT, structural_limit
 from tpcheck.numerics.ulp import eps
 from tpcheck.records import FAIL, Check
 from tpcheck.trace import Trace
@@ -60,6 +61,7 @@ def _structure_explained(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, 
     evidence = _with_every_length_watched(runs, evidence)
     evidence = _with_noise_floor(runs, evidence)
     evidence = _with_another_build(runs, evidence)
+    evidence = _with_last_bits(runs, evidence)
     evidence, notes = _with_ties_pinned(runs, evidence)
     evidence, more = _with_other_codes(runs, evidence)
     evidence, wire = _with_casts_lifted(runs, evidence)
@@ -90,8 +92,7 @@ def _with_every_length_watched(runs: CaseRuns, evidence: Evidence) -> Evidence:
     oracle, order = evidence.oracle, input_order(runs.inputs, evidence.tp_size)
     if oracle is None or not all(trace.extras["quiet"] for trace in (oracle, *evidence.exact)):
         return evidence
-    seen = {order[0], "A"}
-    watched = replace(evidence, oracle=_only(oracle, seen))
+    watched = replace(evidence, oracle=_only(oracle, ("A", "t1")))
     if structural(evidence).outcome != FAIL or structural(watched).outcome == FAIL:
         return evidence
     runs.watch_every_length()
@@ -140,6 +141,20 @@ def _with_another_build(runs: CaseRuns, evidence: Evidence) -> Evidence:
     return replace(evidence, rebuilt=runs.rebuilt)
 
 
+def _with_last_bits(runs: CaseRuns, evidence: Evidence) -> Evidence:
+    """An ill-conditioned model makes much of float64's own rounding: how much, TP=1 says.
+
+    Not where it casts, whose floor is far above, or quantizes, where a last bit is a quantum.
+    """
+    if evidence.oracle is None or not evidence.exact or runs.codes:
+        return evidence
+    if evidence.floor.tier != "float64" or structural(evidence).outcome != FAIL:
+        return evidence
+    floor = last_bits_floor(runs.unsteady, evidence.oracle)
+    explained = replace(evidence, floor=floor)
+    return evidence if structural(explained).outcome == FAIL else explained
+
+
 def _with_ties_pinned(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:
     if evidence.oracle is None or not evidence.exact or not runs.pinned:
         return evidence, ()
@@ -171,18 +186,27 @@ def _with_casts_lifted(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tu
     found = structural(evidence)
     failed = found.outcome == FAIL
     sent = _sent_by_tp_n_alone(evidence, failed=failed)
-    if not any(sent.values()) and not _may_hide_a_bug(found, evidence, codes=bool(runs.codes)):
+    stands_in = any(sent.values()) or (failed and _as_constants_round(found, evidence))
+    if not stands_in and not _may_hide_a_bug(found, evidence, codes=bool(runs.codes)):
         return evidence, ()
     lifted = _lifted(runs, evidence, sent)
     runs.start_clock()
     if isinstance(lifted, JobFailed):
         return evidence, _hidden(evidence, lifted)
-    if not failed or not any(sent.values()) or structural(lifted).outcome == FAIL:
+    if not failed or not stands_in or structural(lifted).outcome == FAIL:
         return replace(evidence, lifted=lifted), ()
     assert lifted.oracle is not None
     pair = lifted.elsewhere or (lifted.exact[0], lifted.oracle)
     note = "codes: what TP=N alone quantizes is what it sends; structural compared it unquantized"
+    if not any(sent.values()):
+        note = "constants: with its own float32 constants in float64, TP=N is TP=1"
     return replace(evidence, elsewhere=pair, floor=lifted.floor), (note,)
+
+
+def _as_constants_round(found: Check, evidence: Evidence) -> bool:
+    """Whether a difference is so small that a float32 constant, which no cast shows, may be it."""
+    differs = found.facts.get("relative_rms", math.inf)
+    return evidence.floor.tier == "float64" and differs <= NOISE_FACTOR * eps("float32")
 
 
 def _may_hide_a_bug(found: Check, evidence: Evidence, *, codes: bool) -> bool:
@@ -270,7 +294,8 @@ def _lifted_so(
         apart = replace(
             evidence, oracle=lifted.oracle, exact=exact, floor=NoiseFloor(), elsewhere=None
         )
-        return _with_other_codes(lifted, _with_noise_floor(lifted, apart))[0]
+        apart = _with_last_bits(lifted, _with_noise_floor(lifted, apart))
+        return _with_other_codes(lifted, apart)[0]
     except JobFailed as error:
         return error
 

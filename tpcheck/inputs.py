@@ -3,8 +3,9 @@
 Requirement: batch rows differ (a hook that returns output[0] is invisible when rows are equal),
 lengths 1, tp-1, tp, tp+1 and the longest are all tried, and the longest runs as A, B, A on one
 built subject so that state leaking from call to call shows. Long comes before short, because what
-a longer call left in a buffer shows in the shorter one after it. Token ids are as different as they
-can be, and every second one stands at the edge of a vocabulary shard, where masks go wrong.
+a longer call left in a buffer shows in the shorter one after it; so the others are between A and B.
+Token ids are as different as they can be, and every second one stands at the edge of a vocabulary
+shard, where masks go wrong.
 
 [One Row] Engines lay the rows of a batch one behind the other and deal out all tokens together. Two
 rows are never one token, and never leave a remainder at TP=2: so one row is run too, with one token
@@ -114,13 +115,17 @@ def _maker(subject: Subject, case: Case) -> tuple[Make, bool]:
 
 
 def input_order(inputs: Inputs, tp_size: int | None = None) -> tuple[str, ...]:
-    """Return the ids to run: the sweep's lengths (those of one degree if given), then A, B, A."""
+    """Return the ids to run: A, the sweep's lengths (those of one degree if given), then B, A.
+
+    A is first at every degree: what a first call alone shows is held against its like. There are
+    others between A and B, A: of two or three buffers that take turns one would else hold A's own.
+    """
     lengths = [key for key in inputs if key.startswith(("t", "row"))]
     if tp_size is not None:
         wanted = {f"t{n}" for n in (1, tp_size - 1, tp_size, tp_size + 1)}
         wanted |= {f"row{n}" for n in (1, tp_size + 1)}
         lengths = [key for key in lengths if key in wanted]
-    return (*lengths, "A", "B", "A")
+    return ("A", *(lengths or ["B", "B"]), "B", "A")
 
 
 def fewer_inputs(inputs: Inputs, case: Case) -> Iterator[tuple[Inputs, str]]:

@@ -34,6 +34,23 @@ def beside(output: Any) -> int:
     return sum(isinstance(one, torch.Tensor) and one.is_floating_point() for one in output[1:])
 
 
+def decoded(forward: Any, ids: torch.Tensor, *_: torch.Tensor) -> torch.Tensor | None:
+    """Prefill the first half of ids, then step through the rest, one token at a time.
+
+    Returns None on a rank that returns no logits.
+    """
+    half = max(1, ids.shape[1] // 2)
+    logits, state = forward.prefill(ids[:, :half])
+    pieces = [logits]
+    for position in range(half, ids.shape[1]):
+        logits, state = forward.step(ids[:, position : position + 1], state)
+        pieces.append(logits)
+    pieces = [whole(piece) for piece in pieces]
+    if any(piece is None for piece in pieces):
+        return None
+    return torch.cat([p if p.ndim == 3 else p.unsqueeze(1) for p in pieces], 1)
+
+
 def digest(tensor: torch.Tensor) -> str:
     """Return a hash of a tensor's bytes, dtype and shape: equal exactly when the bits are."""
     flat: Any = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy()

@@ -171,6 +171,53 @@ def test_a_checkpoint_with_a_missing_tensor_is_not_filled_with_noise(pool, model
         assert "model.layers.1.mlp.up_proj.weight" in str(failure.exception)
 
 
+def altered(directory, to, change):
+    """Copy a model to a directory, after `change` has been made to its tensors."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(f"{directory}/model.safetensors")
+    change(tensors)
+    save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(f"{directory}/config.json", to)
+    return to
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(pool, models, tmp_path):
+    name = "model.layers.1.mlp.up_proj.weight"
+    cut = altered(models("llama"), tmp_path, lambda tensors: tensors.update({name: torch.ones(3)}))
+    for size in (1, 2):
+        failure = run(pool, cut, "float64", (size,))[0].failure
+        assert isinstance(failure.exception, SubjectError)
+        assert f"{name}: shape=[3], but config.json makes it [" in str(failure.exception)
+
+
+def test_an_index_that_names_a_missing_file_is_one_sentence(pool, models, tmp_path):
+    shutil.copytree(models("llama"), tmp_path, dirs_exist_ok=True)
+    index = {"weight_map": {"model.norm.weight": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    failure = run(pool, tmp_path, "float64", (1,))[0].failure
+    assert isinstance(failure.exception, SubjectError)
+    assert "names 'model-2.safetensors', which is not there" in str(failure.exception)
+
+
+def test_a_config_that_no_model_can_be_made_of_is_one_sentence(pool, models, tmp_path):
+    shutil.copytree(models("llama"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+    failure = run(pool, tmp_path, "float64", (1,))[0].failure
+    assert isinstance(failure.exception, SubjectError)
+    assert "of its config.json: ZeroDivisionError" in str(failure.exception) or (
+        "cannot read its config.json" in str(failure.exception)
+    )
+
+
+def test_tensors_that_nobody_reads_are_noted(pool, models, tmp_path):
+    extra = {"model.layers.0.mlp.up_proj.bias": torch.ones(3)}
+    more = altered(models("qwen3"), tmp_path, lambda tensors: tensors.update(extra))
+    ((alone,),) = traces(pool, more, "float64", (1,))
+    assert "no use for model.layers.0.mlp.up_proj.bias of the checkpoint" in alone.facts["note"]
+
+
 def test_a_model_that_is_no_language_model_is_one_sentence(pool, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "vocab_size": 8}))
     (tmp_path / "model.safetensors").write_bytes(b"")

@@ -232,6 +232,26 @@ def test_what_a_longer_call_left_behind_shows_in_a_shorter_one():
     assert outcomes(subject(build)) == {"WRONG"}
 
 
+@pytest.mark.parametrize("sweep", [True, False])
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_what_an_earlier_call_left_in_a_buffer_that_takes_turns_shows(buffers, sweep):
+    def build(tp):
+        w, held, calls = Weights(tp), {}, []
+
+        def forward(ids):
+            calls.append(ids)
+            slot, x = len(calls) % buffers, w.hidden(ids)
+            stale, held[slot] = held.get(slot), x
+            if tp.size > 1 and stale is not None and stale.numel() >= x.numel():
+                x = stale.flatten()[: x.numel()].view(x.shape)  # read before it was written
+            return x @ w.full_head.T
+
+        return forward
+
+    options = {"vocab_size": VOCAB, "seq_len": 11, "sweep": sweep}
+    assert outcomes(tpcheck.subject(**options)(build)) == {"WRONG"}
+
+
 class Exposes:
     def __init__(self, tp, shards):
         self.w = Weights(tp)

@@ -103,8 +103,10 @@ def _build(directory: str, tp: TPGroup) -> Callable[..., torch.Tensor]:
     with quiet_and_offline():
         transformers = import_transformers()
         config = _config(transformers, directory)
-        refuse_illegal_degree(_skeleton(transformers, config), tp.size)
-        model = _load(transformers, config, tp)
+        skeleton = _skeleton(transformers, config)
+        _require_shapes(directory, skeleton)
+        refuse_illegal_degree(skeleton, tp.size)
+        model, unread = _load(transformers, config, tp)
     if tp.dtype != tp.weight_dtype:
         model = model.to(tp.dtype)
 
@@ -115,7 +117,7 @@ def _build(directory: str, tp: TPGroup) -> Callable[..., torch.Tensor]:
         return whole
 
     forward.model = model  # type: ignore[attr-defined]
-    forward.facts = _facts(transformers, model, tp)  # type: ignore[attr-defined]
+    forward.facts = _facts(transformers, model, tp, unread)  # type: ignore[attr-defined]
     forward.trace_points = _trace_points(model)  # type: ignore[attr-defined]
     return forward
 
@@ -144,9 +146,42 @@ def _skeleton(transformers: Any, config: Any) -> Any:
             f"{config.name_or_path}: model_type={config.model_type!r} is no causal language model"
             f" of transformers {transformers.__version__}: {str(error).splitlines()[0][:200]}"
         ) from error
+    except Exception as error:  # no weight and no rank is in it yet: the config is what it is of
+        raise SubjectError(
+            f"{config.name_or_path}: transformers {transformers.__version__} cannot make the model"
+            f" of its config.json: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        ) from error
 
 
-def _load(transformers: Any, config: Any, tp: TPGroup) -> Any:
+def _require_shapes(directory: str, skeleton: Any) -> None:
+    """Hold the files' headers against the model: what transformers says of it names no file.
+
+    Names that only one side has are transformers' to map, and packed weights have other shapes.
+
+    Raises:
+        SubjectError: a file of the index is not there or cannot be read, or a tensor has another
+            shape than config.json makes it; names both.
+    """
+    from tpcheck.reference.tensor_files import Checkpoint
+
+    checkpoint = Checkpoint(directory)
+    if getattr(skeleton.config, "quantization_config", None) is not None:
+        return
+    wanted = skeleton.state_dict()
+    for name in checkpoint.names:
+        if name in wanted and checkpoint.shape(name) != tuple(wanted[name].shape):
+            raise SubjectError(
+                f"{directory}: {name}: shape={list(checkpoint.shape(name))}, but config.json makes"
+                f" it {list(wanted[name].shape)} [{skeleton.config.model_type}]"
+            )
+
+
+def _load(transformers: Any, config: Any, tp: TPGroup) -> tuple[Any, list[str]]:
+    """Return the model on this rank's device, and the tensors of its files that it has no use for.
+
+    Raises:
+        SubjectError: files cannot be read, or weights are missing.
+    """
     import torch
 
     options: dict[str, Any] = {}
@@ -176,7 +211,7 @@ def _load(transformers: Any, config: Any, tp: TPGroup) -> Any:
         raise SubjectError(
             f"{directory}: {len(missing)} weights are not there: {', '.join(missing[:3])}"
         )
-    return model.to(tp.device).eval()
+    return model.to(tp.device).eval(), sorted(loading["unexpected_keys"])
 
 
 def refuse_illegal_degree(model: Any, tp_size: int) -> None:
@@ -231,7 +266,7 @@ def _sharded_head_counts(config: Any, plan: Mapping[str, str]) -> dict[str, int]
     return counts
 
 
-def _facts(transformers: Any, model: Any, tp: TPGroup) -> dict[str, Any]:
+def _facts(transformers: Any, model: Any, tp: TPGroup, unread: list[str]) -> dict[str, Any]:
     """Return what carried the run: versions, kernels and how much of the model was split."""
     sharded = {name.rsplit(".", 1)[0] for name, p in model.named_parameters() if _is_sharded(p)}
     facts: dict[str, Any] = {
@@ -242,11 +277,17 @@ def _facts(transformers: Any, model: Any, tp: TPGroup) -> dict[str, Any]:
     experts = getattr(model.config, "_experts_implementation", None)
     if experts is not None and any("experts" in name for name, _ in model.named_modules()):
         facts["experts"] = experts
+    said = []
     if tp.size > 1 and not any(re.search(r"\.\d+\.", name) for name in sharded):
-        facts["note"] = (
+        said.append(
             f"transformers {transformers.__version__} shards no decoder layer of"
             f" {type(model).__name__}: every rank computes the same thing"
         )
+    if unread:
+        more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        said.append(f"transformers has no use for {', '.join(unread[:3])}{more} of the checkpoint")
+    if said:
+        facts["note"] = "; ".join(said)
     return facts
 
 

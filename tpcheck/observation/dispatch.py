@@ -54,7 +54,7 @@ _EXACT = {
         " amin maximum minimum sign"
     ).split()
 }
-"""Ops that move or make values without rounding them."""
+"""Names with their overloads, as `aten::where.self`; see is_exact."""
 
 
 class Choice:
@@ -211,7 +211,7 @@ class Watch(PlainMode):
             return result
         cast = source is not None and dtype_eps(result.dtype) > dtype_eps(source)
         narrow = self._wanted is not None and dtype_eps(result.dtype) > dtype_eps(self._wanted)
-        if not cast and (not narrow or _overload(func) in _EXACT or is_view(func)):
+        if not cast and (not narrow or is_exact(func) or is_view(func)):
             return result
         key = (fqn, dtype_name(source or result.dtype), dtype_name(result.dtype))
         self._casts[key] = self._casts.get(key, 0) + 1
@@ -281,14 +281,14 @@ def is_view(func: Any) -> bool:
 
 
 @functools.cache
-def _writes(func: Any) -> bool:
-    return any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns)
+def is_exact(func: Any) -> bool:
+    """Whether an op moves or makes values without rounding them."""
+    return plain_name(func) + "".join(func.name().partition(".")[1:]) in _EXACT
 
 
 @functools.cache
-def _overload(func: Any) -> str:
-    """Return an op's plain name with its overload: `aten::where.self`."""
-    return plain_name(func) + "".join(func.name().partition(".")[1:])
+def _writes(func: Any) -> bool:
+    return any(r.alias_info is not None and r.alias_info.is_write for r in func._schema.returns)
 
 
 def half_ulp_noise(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

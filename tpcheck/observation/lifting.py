@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -53,6 +53,17 @@ class Lift(PlainMode):
         self._wide = wide
         self._codes = frozenset(codes)
         self._place = 0
+        self._default = wide
+
+    def __enter__(self) -> Self:
+        self._default = torch.get_default_dtype()
+        torch.set_default_dtype(self._wide)  # of a constant no op is seen: torch.tensor(1 / 3)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        torch.set_default_dtype(self._default)
 
     def __torch_dispatch__(
         self,
@@ -70,7 +81,7 @@ class Lift(PlainMode):
             raise Unliftable(f"{func.name()} cannot be computed in {self._wide}")
         if is_view(func):
             return func(*args, **kwargs)
-        places, names = _written(func)
+        places, names = written(func)
         targets = [args[i] for i in places if i < len(args)] + [kwargs.get(n) for n in names]
         narrow = {x.dtype for x in targets if isinstance(x, torch.Tensor)} & _NARROW
         to, only = (narrow.pop(), None) if narrow else (self._wide, _NARROW)
@@ -86,14 +97,14 @@ class Lift(PlainMode):
             return False
         if name == "aten::view.dtype":
             return given.dtype == self._wide and args[1].itemsize == 1
-        if asked is None and not rounds(func) and not _written(func)[0]:
+        if asked is None and not rounds(func) and not written(func)[0]:
             return False
         if not makes_codes(func, widest(args), asked or given.dtype):
             return given.dtype == self._wide and name == "aten::_to_copy" and asked in _INTEGERS
         self._place += 1
         if self._place - 1 not in self._codes:
             return False
-        if name != "aten::_to_copy" and (not rounds(func) or _written(func)[0]):
+        if name != "aten::_to_copy" and (not rounds(func) or written(func)[0]):
             raise Unliftable(f"{name} writes codes to a buffer, or makes one for them")
         return True
 
@@ -113,7 +124,7 @@ def _cast(value: Any, to: torch.dtype, only: frozenset[torch.dtype] | None = Non
 
 
 @functools.cache
-def _written(func: Any) -> tuple[frozenset[int], frozenset[str]]:
+def written(func: Any) -> tuple[frozenset[int], frozenset[str]]:
     """Return where an op's arguments stand that it writes to, and what they are called."""
     arguments = enumerate(func._schema.arguments)
     own = [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]

@@ -1,0 +1,120 @@
+"""Ill-conditioned but clean models, and the bugs that such a model must not excuse.
+
+float64's own rounding is made much of by partials that cancel, and everything of by a chaotic map:
+what it comes to is measured on TP=1, and no constant stands in for it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import tpcheck
+
+HIDDEN, WIDE, VOCAB = 32, 96, 64
+
+
+def verdict_of(build, tp_size=4, dtype="float32"):
+    [found] = tpcheck.run(build, (tp_size,), dtypes=(dtype,), backend="sim", confirm=False).verdicts
+    return found
+
+
+def cancelling(scale, bug=0.0):
+    """Return a layer whose partials are `scale` times their sum; `bug` scales the last one."""
+
+    @tpcheck.subject(vocab_size=VOCAB, seq_len=9)
+    def build(tp):
+        embed = tp.weight("embed", VOCAB, HIDDEN)
+        up, down = tp.weight("up", WIDE // 2, HIDDEN), tp.weight("down", HIDDEN, WIDE // 2)
+        # The second half takes away what the first gives, but for one part in `scale`.
+        up, down = torch.cat([up, up]), torch.cat([down, -down * (1 + 1 / scale)], 1)
+        up, down = up.chunk(tp.size)[tp.rank], down.chunk(tp.size, 1)[tp.rank]
+        if tp.rank == tp.size - 1 > 0:
+            down = down * (1 + bug)
+        return lambda input_ids: tp.all_reduce(embed[input_ids] @ up.T @ down.T)
+
+    return build
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e6, 1e8])
+def test_partials_that_cancel_are_held_to_what_float64_leaves_of_them(scale):
+    found = verdict_of(cancelling(scale))
+    structural = found.checks["structural"]
+    assert found.outcome == "PASS", found.reasons
+    assert structural.facts["limit"] < 1e-13 * scale
+    if structural.facts["relative_rms"] > 1e-12:
+        assert "an ulp of float64 at every operation moves TP=1" in structural.facts["source"]
+
+
+def test_the_floor_is_used_where_no_constant_would_do():
+    assert verdict_of(cancelling(1e8)).checks["structural"].facts["relative_rms"] > 1e-12
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e8])
+def test_a_bug_in_a_partial_that_cancels_is_still_one(scale):
+    assert verdict_of(cancelling(scale, bug=1e-6)).outcome == "WRONG"
+
+
+def chaotic(layers, fault=""):
+    """Return a model that makes everything of a last bit, layer after layer."""
+
+    @tpcheck.subject(vocab_size=VOCAB, seq_len=9)
+    def build(tp):
+        embed = tp.weight("embed", VOCAB, HIDDEN)
+        weights = [tp.weight(f"{i}.down", HIDDEN, HIDDEN) * 4 for i in range(layers)]
+        own = [weight.chunk(tp.size, 1)[tp.rank] for weight in weights]
+
+        def forward(input_ids):
+            x = embed[input_ids]
+            for i, weight in enumerate(own):
+                part = x.chunk(tp.size, -1)[tp.rank] @ weight.T
+                if fault and i == layers - 1 and tp.rank:
+                    part = part * 0
+                x = torch.sin(3 * tp.all_reduce(part))
+            return x
+
+        return forward
+
+    return build
+
+
+def test_a_chaotic_model_is_inconclusive_and_says_why():
+    found = verdict_of(chaotic(60))
+    assert found.outcome == "INCONCLUSIVE"
+    assert "an ulp of float64 at every operation moves TP=1's output by" in found.reasons[0]
+    assert "could not be told from rounding" in found.reasons[0]
+
+
+def test_a_few_chaotic_layers_are_still_compared():
+    found = verdict_of(chaotic(6))
+    assert found.outcome == "PASS"
+    assert 1e-12 < found.checks["structural"].facts["limit"] < 1e-6
+    assert verdict_of(chaotic(6, fault="reduction")).outcome == "WRONG"
+
+
+def constants(bias_of):
+    """Return a row-parallel layer whose bias every rank adds a share of."""
+
+    @tpcheck.subject(vocab_size=VOCAB, seq_len=9)
+    def build(tp):
+        embed, bias = tp.weight("embed", VOCAB, HIDDEN), tp.weight("bias", HIDDEN)
+        down = tp.weight("down", HIDDEN, WIDE).chunk(tp.size, 1)[tp.rank]
+        up = tp.weight("up", WIDE, HIDDEN).chunk(tp.size)[tp.rank]
+        return lambda input_ids: tp.all_reduce(embed[input_ids] @ up.T @ down.T + bias_of(tp, bias))
+
+    return build
+
+
+def test_a_float32_constant_that_no_cast_shows_is_no_bug():
+    found = verdict_of(constants(lambda tp, bias: bias * torch.tensor(1 / tp.size)), 3)
+    assert found.outcome == "PASS", found.reasons
+    assert "constants: with its own float32 constants in float64, TP=N is TP=1" in found.reasons
+    assert found.checks["structural"].facts["relative_rms"] < 1e-12
+
+
+@pytest.mark.parametrize("wrong", [1e-3, 1e-8])
+def test_a_constant_that_is_off_is_one(wrong):
+    def off(tp, bias):
+        return bias * torch.tensor((1 + wrong * (tp.size > 1)) / tp.size, dtype=torch.float64)
+
+    assert verdict_of(constants(off), 3).outcome == "WRONG"
