@@ -45,6 +45,8 @@ from tpcheck.trace import Trace
 AGAIN = "A again"
 """The output of the repeated input; it must have the bits of the first A."""
 
+_Context = contextlib.AbstractContextManager[Any]
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -290,8 +292,8 @@ class _Runner:
         # Inside the mode that hands calls on, the watching one does not see what that does to them.
         own_calls = self._own_calls or contextlib.nullcontext()
         within = running(self._group, name, arguments)
-        watching, altered = self._watching(name, input_id), self._altered(name)
-        with self._eagerly, within, own_calls, watching, altered:
+        watching, (moving, lifting) = self._watching(name, input_id), self._altered(name)
+        with self._eagerly, within, own_calls, watching, moving, lifting:
             output = self._checked(name, function(*arguments))
         self._collectives[name] = self._group.recorder.take()
         if output is None:
@@ -300,13 +302,13 @@ class _Runner:
         if self._group.rank == 0 or self._task.every_output:
             self._outputs[name] = output
 
+    def _watching(self, name: str, input_id: str) -> _Context:
+        needed = self._needs_watching(name)
+        return self._watched(name, input_id) if needed else contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def _watching(self, name: str, input_id: str) -> Iterator[None]:
-        task = self._task
-        if not self._needs_watching(name):
-            yield
-            return
-        generator = None
+    def _watched(self, name: str, input_id: str) -> Iterator[None]:
+        task, generator = self._task, None
         if task.perturb_seed is not None:
             generator = torch.Generator().manual_seed(task.perturb_seed * 1009 + self._group.rank)
         pinned = task.pinned.get(input_id)
@@ -331,17 +333,16 @@ class _Runner:
         for cast_ in watch.casts:
             self._casts.setdefault((cast_.fqn, cast_.source, cast_.target), cast_)
 
-    @contextlib.contextmanager
-    def _altered(self, name: str) -> Iterator[None]:
-        """Alter the arithmetic of a forward as the task asks, not what it computes."""
-        group, task = self._group, self._task
-        with contextlib.ExitStack() as modes:
-            if task.last_bits is not None:
-                modes.enter_context(LastBits(group.recorder, group.dtype, task.last_bits))
-            if task.lift:
-                codes = task.lift_codes.get(name, ()) if group.size > 1 else ()
-                modes.enter_context(Lift(group.recorder, group.dtype, codes=codes))
-            yield
+    def _altered(self, name: str) -> tuple[_Context, _Context]:
+        """Return what alters the arithmetic of a forward as the task asks, not what it computes.
+
+        One within the other: casts are lifted before last bits are moved.
+        """
+        group, task, none = self._group, self._task, contextlib.nullcontext()
+        bits, codes = task.last_bits, task.lift_codes.get(name, ()) if group.size > 1 else ()
+        moving = none if bits is None else LastBits(group.recorder, group.dtype, bits)
+        lifting = Lift(group.recorder, group.dtype, codes=codes) if task.lift else none
+        return moving, lifting
 
     def _needs_watching(self, name: str) -> bool:
         """Watching costs Python for every op: stop once the first forward showed nothing.
@@ -387,8 +388,9 @@ class _Runner:
         pinned = task.pinned.get(task.trace)
         watch = Watch(self._group.recorder, pinned=pinned, rank=self._group.rank)
         arguments = self._arguments(task.trace)
+        moving, lifting = self._altered(task.trace)
         with tracer, self._own_calls or contextlib.nullcontext():
-            with watch if pinned else contextlib.nullcontext(), self._altered(task.trace):
+            with watch if pinned else contextlib.nullcontext(), moving, lifting:
                 self._forward(*arguments)
         self._group.recorder.take()
         self._extras["points"] = tracer.records

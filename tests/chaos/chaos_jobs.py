@@ -223,3 +223,7 @@ def private_bytes(world, payload):
     with open("/proc/self/smaps_rollup") as file:
         fields = dict(line.split(":", 1) for line in file if ":" in line and "kB" in line)
     return sum(int(fields[name].split()[0]) for name in ("Private_Clean", "Private_Dirty"))
+
+
+def affinity(world, payload):
+    return set(os.sched_getaffinity(0))

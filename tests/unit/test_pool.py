@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from tpcheck.errors import BackendError, SubjectError
 from tpcheck.groups import pool as pools
-from tpcheck.groups import wire
+from tpcheck.groups import wire, worker
 from tpcheck.groups.jobs import Job
 from tpcheck.groups.pool import RankPool
 from tpcheck.groups.simulated import SimulatedRanks
@@ -56,6 +57,39 @@ def test_tensors_survive_the_wire_bit_for_bit_and_are_writable():
     for actual, expected in zip(received, sent, strict=True):
         assert_same(actual, expected)
         actual.view(torch.uint8 if actual.element_size() == 1 else actual.dtype).zero_()
+
+
+@pytest.mark.parametrize(
+    ("cores", "size", "expected"),
+    [
+        ((0, 1), 4, [{0}, {0}, {1}, {1}]),
+        ((4, 6, 7), 6, [{4}, {4}, {6}, {6}, {7}, {7}]),
+        ((0,), 2, [{0}, {0}]),
+        ((0, 1), 2, [{0, 1}] * 2),
+        ((0, 1), 3, [{0, 1}] * 3),
+        ((), 4, [None] * 4),
+    ],
+)
+def test_neighbours_share_a_core_where_every_core_gets_as_many(cores, size, expected, monkeypatch):
+    set_to = {}
+    monkeypatch.setattr(os, "sched_setaffinity", lambda task, mine: set_to.update({task: mine}))
+    found = []
+    for rank in range(size):
+        set_to.clear()
+        worker._share_cores(cores, rank, size)
+        found.append(set_to.get(threading.get_native_id()))
+    assert found == expected
+
+
+def test_a_rank_alone_may_use_every_core_again(pool):
+    cores = os.sched_getaffinity(0)
+    (own,) = replies(pool, "affinity", size=1)
+    assert own == cores
+    if 4 > len(cores) and 4 % len(cores) == 0:
+        crowded = replies(pool, "affinity", size=4)
+        assert [len(own) for own in crowded] == [1] * 4
+        assert set().union(*crowded) == cores
+    assert replies(pool, "affinity", size=1) == (cores,)
 
 
 class Narrow:

@@ -9,6 +9,7 @@ import torch
 
 from tests.groups import single_group
 from tpcheck.errors import SubjectError
+from tpcheck.groups import weights
 from tpcheck.groups.weights import FileStore, MemoryStore, WeightSource
 
 torch.set_num_threads(1)
@@ -163,7 +164,8 @@ def test_memory_is_bounded_by_dropping_the_oldest():
     assert made == ["a", "b", "c", "a"]
 
 
-def test_files_are_trimmed_oldest_first_and_made_again(tmp_path):
+def test_files_are_trimmed_oldest_first_and_made_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_SMALL_BYTES", 0)  # a rank keeps small ones of its own
     store = FileStore(tmp_path)
     kept = {key: store.get(key, lambda key=key: torch.full((8,), float(ord(key)))) for key in "ab"}
     for age, path in enumerate(sorted(tmp_path.glob("*.data"))):
@@ -174,6 +176,29 @@ def test_files_are_trimmed_oldest_first_and_made_again(tmp_path):
     assert list(tmp_path.iterdir()) == []
     assert [float(kept[key][0]) for key in "ab"] == [97.0, 98.0]  # what was handed out lives on
     assert float(store.get("a", lambda: torch.full((8,), 5.0))[0]) == 5
+
+
+def test_a_rank_keeps_small_tensors_and_hands_out_ones_that_may_be_written_to(tmp_path):
+    store = FileStore(tmp_path)
+    store.get("a", lambda: torch.ones(4)).zero_()
+    for path in tmp_path.iterdir():
+        path.unlink()
+    again = store.get("a", lambda: pytest.fail("made twice"))
+    assert torch.equal(again, torch.ones(4))
+
+
+def test_a_rank_keeps_no_large_tensor_and_few_small_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "_SMALL_BYTES", 16)
+    monkeypatch.setattr(weights, "_NEAR_BYTES", 32)
+    store = FileStore(tmp_path)
+    sizes = {"large": 5, "a": 4, "b": 4, "c": 4}
+    for key, size in sizes.items():
+        store.get(key, lambda size=size: torch.ones(size))
+    store.trim(max_bytes=0)
+    again = {
+        key: store.get(key, lambda key=key: torch.zeros(sizes[key])) for key in ("c", "large", "a")
+    }
+    assert {key: float(x.sum()) for key, x in again.items()} == {"c": 4, "large": 0, "a": 0}
 
 
 def test_a_disk_that_cannot_be_written_costs_sharing_only(tmp_path):

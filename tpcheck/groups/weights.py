@@ -35,6 +35,10 @@ _clone: Callable[[torch.Tensor], torch.Tensor] = getattr(
 """Copy on write, where torch has it."""
 
 
+_SMALL_BYTES, _NEAR_BYTES = 1 << 20, 16 << 20
+"""What a rank of the pool keeps of its own: tensors up to the one, together up to the other."""
+
+
 class WeightStore(Protocol):
     """Where made tensors are kept. `get` returns a tensor that the caller may write to.
 
@@ -52,6 +56,11 @@ class MemoryStore:
         self._bytes = 0
         self._max_bytes = max_bytes
 
+    def find(self, key: Hashable) -> torch.Tensor | None:
+        """Return what `get` would, if it is kept."""
+        tensor = self._tensors.get(key)
+        return None if tensor is None else _clone(tensor)
+
     def get(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         tensor = self._tensors.get(key)
         if tensor is None:
@@ -68,21 +77,27 @@ class FileStore:
     """Share between the ranks of one pool through files in `directory` (in /dev/shm when it can).
 
     The first rank to want a tensor makes it under a file lock, which the kernel releases if that
-    rank dies; the others map it. When the disk is full a rank keeps a private copy instead.
+    rank dies; the others map it. When the disk is full a rank keeps a private copy instead. Small
+    ones it keeps anyway: to map a file takes longer than to compute with what is in it.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._headers: dict[Hashable, tuple[str, torch.dtype, tuple[int, ...]]] = {}
+        self._near = MemoryStore(_NEAR_BYTES)
 
     def get(self, key: Hashable, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        near = self._near.find(key)
+        if near is not None:
+            return near
         try:
             header = self._headers.get(key)
             if header is None or not os.path.exists(header[0]):
                 header = self._headers[key] = self._shared(key, make)
-            return self._map(*header)
+            tensor = self._map(*header)
         except OSError:
             return make()
+        return tensor if tensor.nbytes > _SMALL_BYTES else self._near.get(key, tensor.clone)
 
     def _shared(
         self, key: Hashable, make: Callable[[], torch.Tensor]

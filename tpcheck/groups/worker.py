@@ -82,6 +82,7 @@ class _Rank:
         self._store = FileStore(Path(settings.scratch, "weights"))
         self._layout = ""
         self._world: DistributedWorld | None = None
+        self._cores = _cores()
 
     def obey(self, order: wire.Order) -> wire.Reply:
         self._slot.begin(order.job)
@@ -120,6 +121,8 @@ class _Rank:
             device_id=self._device if self._device.type == "cuda" else None,
         )
         _calm_gloo_threads()
+        if self._device.type == "cpu":
+            _share_cores(self._cores, order.rank, order.size)
         self._world = DistributedWorld(
             rank=order.rank,
             size=order.size,
@@ -167,6 +170,25 @@ def _calm_gloo_threads() -> None:
             with contextlib.suppress(OSError):
                 if Path("/proc/self/task", task, "comm").read_text().strip() == "gloo_tcp_loop":
                     os.sched_setscheduler(int(task), os.SCHED_BATCH, os.sched_param(0))
+
+
+def _cores() -> tuple[int, ...]:
+    """Return the cores that this process may run on; none where the system does not say."""
+    return tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+
+
+def _share_cores(cores: tuple[int, ...], rank: int, size: int) -> None:
+    """Keep neighbours of the ring on one core, where every core gets equally many ranks.
+
+    What Gloo sends at 4 KB is mostly waking the receiver, which is cheap on the same core: eight
+    ranks on two cores reduce 1.4 times as fast. Else the system deals out ranks as it sees fit.
+    """
+    crowded = cores and size > len(cores) and size % len(cores) == 0
+    mine = {cores[rank * len(cores) // size]} if crowded else set(cores)
+    with contextlib.suppress(OSError):
+        for task in os.listdir("/proc/self/task") if mine else ():
+            with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+                os.sched_setaffinity(int(task), mine)
 
 
 def _adopt_surroundings(order: wire.Order) -> None:

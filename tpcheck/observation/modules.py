@@ -83,9 +83,12 @@ def held_modules(forward: Any) -> dict[str, torch.nn.Module]:
     names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
     held: dict[str, torch.nn.Module] = {}
     for name, cell in zip(names, getattr(forward, "__closure__", None) or (), strict=True):
-        with contextlib.suppress(ValueError):  # an empty cell
-            if isinstance(cell.cell_contents, torch.nn.Module):
-                held[name] = cell.cell_contents
+        try:
+            content = cell.cell_contents
+        except ValueError:  # an empty cell
+            continue
+        if isinstance(content, torch.nn.Module):
+            held[name] = content
     inner = {id(one) for module in held.values() for one in list(module.modules())[1:]}
     held = {name: module for name, module in held.items() if id(module) not in inner}
     return {"": next(iter(held.values()))} if len(held) == 1 else held
