@@ -276,6 +276,15 @@ def run_checks(evidence: Evidence) -> dict[str, Check]:
     return {"plan": Check(PASS)} | {name: check(evidence) for name, check in CHECKS.items()}
 
 
+def drift_alone(checks: Mapping[str, Check]) -> tuple[str, ...]:
+    """Say how small a difference shows where rounding is all that could be judged."""
+    smallest = checks["drift"].facts.get("smallest_bug")
+    judged = checks["drift"].outcome != SKIPPED and checks["structural"].outcome == SKIPPED
+    if not judged or smallest is None:
+        return ()
+    return (f"drift alone: what moves the output by less than {smallest:.2g} of it would not show",)
+
+
 def _compare_all(
     actual: Trace, expected: Trace, *, rtol: float = 0.0, atol: float = 0.0
 ) -> dict[str, Comparison]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tpcheck.case_runs import CaseRuns
-from tpcheck.checks import run_checks
+from tpcheck.checks import drift_alone, run_checks
 from tpcheck.conduct import loading_remarks
 from tpcheck.divergence import first_divergence
 from tpcheck.evidence import Evidence, routing_flips
@@ -83,7 +83,7 @@ class Investigation:
         divergence, more = self._where(evidence, checks)
         counts = checks["schedule"].facts.get("per_forward", {})
         facts = evidence.deployed[0].facts
-        remarks = (*notes, *more, *loading_remarks(evidence.base))
+        remarks = (*notes, *more, *drift_alone(checks), *loading_remarks(evidence.base))
         return Findings(checks, divergence, facts, counts, remarks)
 
     def evidence(self, tp_size: int) -> tuple[Evidence, tuple[str, ...]]:

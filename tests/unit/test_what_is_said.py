@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tpcheck
+from tpcheck.render.content import headline
 
 SHAPES = {"a.w": (8, 8), "b.w": (8,)}
 
@@ -35,6 +36,23 @@ def test_named_weights_that_no_degree_reads_once_are_remarked_on(read, remark):
     found = verdict_of(loading(read))
     assert found.outcome == "PASS"
     assert f"weights: of the named ones TP=1 {remark}" in found.reasons
+
+
+def test_what_rests_on_drift_alone_says_so_and_how_small_a_bug_it_could_have_seen():
+    @tpcheck.subject(vocab_size=64, seq_len=9, float64=False)
+    def build(tp):
+        embed = tp.weight("embed", 64, 32)
+        down = tp.weight("down", 32, 32).chunk(tp.size, 1)[tp.rank]
+        return lambda ids: tp.all_reduce(embed[ids].chunk(tp.size, -1)[tp.rank] @ down.T)
+
+    report = tpcheck.run(build, (2,), backend="sim")
+    [found] = report.verdicts
+    smallest = found.checks["drift"].facts["smallest_bug"]
+    assert 1e-4 < smallest < 0.1
+    said = f"drift alone: what moves the output by less than {smallest:.2g} of it would not show"
+    assert found.outcome == "PASS"
+    assert said in found.reasons
+    assert headline(report).startswith("PASS (drift only); deployed path not exercised")
 
 
 def test_named_weights_that_are_read_once_are_not():

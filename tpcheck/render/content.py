@@ -95,11 +95,17 @@ def headline(report: Report) -> str:
         text = f"DRIFT: {first.reasons[0].splitlines()[0]}" if first.reasons else text
     if report.path.same_as_deployed or not report.verdicts:
         return text
-    scope = " (structure)" if report.outcome == PASS else ""
+    scope = f" ({_scope(report)})" if report.outcome == PASS else ""
     # "backend gloo, not nccl" -> "nccl": the headline names what was not run
     missing = [re.sub(r"^.*, not ", "", text) for text in report.path.differences]
     named = f": {_listed(missing)}" if missing else ""
     return f"{text}{scope}; deployed path not exercised{named}"
+
+
+def _scope(report: Report) -> str:
+    """Say what a pass rests on: rounding alone, where no verdict has compared the structure."""
+    found = [v.checks["structural"].outcome for v in report.verdicts if "structural" in v.checks]
+    return "drift only" if found and set(found) == {SKIPPED} else "structure"
 
 
 def subject_line(report: Report) -> str:
