@@ -186,3 +186,22 @@ def test_shard_cuts_as_torch_chunk_does(size: int, ranks: int) -> None:
     pieces += [full[:0]] * (ranks - len(pieces))
     for rank, expected in enumerate(pieces):
         assert torch.equal(shard(full, Shard(0), rank, ranks), expected)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Shard("0"), "Shard: dim='0', but should be the number of a dim"),
+        (lambda: Shard(True), "Shard: dim=True, but should be the number of a dim"),
+        (lambda: Partial("mul"), "Partial: op='mul', but should be one of sum, avg, max, min"),
+        (
+            lambda: Slices(3),
+            r"Slices: pieces=3, but should be \(local region, global region\) pairs",
+        ),
+        (lambda: Slices([(slice(0, 1), 2)]), "where a region is a slice or a tuple of slices"),
+        (lambda: Slices([((0, 1), (2, 3))]), "where a region is a slice or a tuple of slices"),
+    ],
+)
+def test_a_placement_that_says_nothing_is_refused_where_it_is_made(make, said):
+    with pytest.raises(SubjectError, match=said):
+        make()
