@@ -34,8 +34,9 @@ def test_a_clean_layer_passes_and_its_limit_is_no_quantum(kind, wire, dtype):
 def test_a_scale_of_a_ranks_own_is_another_function(kind, bug, dtype):
     real = (kind, dtype) == (KINDS[0], "bfloat16")
     built = subject(kind, bug=bug)
-    report = tpcheck.run(built, (2, 8), backend="sim", dtypes=(dtype,), confirm=real)
-    assert [verdict.outcome for verdict in report.verdicts] == ["WRONG", "WRONG"]
+    sizes = (2, 8) if real else (4,)
+    report = tpcheck.run(built, sizes, backend="sim", dtypes=(dtype,), confirm=real)
+    assert {verdict.outcome for verdict in report.verdicts} == {"WRONG"}
     for verdict in report.verdicts:
         assert verdict.checks["structural"].outcome == "FAIL"
 

@@ -369,7 +369,7 @@ def test_a_clean_model_on_the_wire_it_declares_raises_no_alarm(kind, size):
             assert drift.facts["ratio"] / drift.facts["expected"] == pytest.approx(1, rel=0.3)
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 8])
 @pytest.mark.parametrize(
     ("declared", "actual"),
     [
@@ -388,7 +388,7 @@ def test_a_coarser_wire_than_the_one_declared_is_drift(declared, actual, size):
     assert "x that of TP=1, but should be at most" in drift.reason
 
 
-@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("size", [2, 8])
 def test_saturation_is_drift_even_on_the_wire_that_was_declared(size):
     high = drift_of(scaled(2.0**21), size, "fp16_wire", "fp16_wire")
     assert high.outcome == "FAIL"
