@@ -51,8 +51,8 @@ def first_divergence(
     try:
         where = _input_to_trace(evidence, checks)
         if exact or (task.until and not failed):
-            found, traced = _in_float64(task, run, evidence, where)
-            return found, (_NOT_IN_A_MODULE,) if traced and failed and found is None else ()
+            found, notes = _in_float64(task, run, evidence, where)
+            return found, notes if failed else ()
         return _in_deployed_dtype(task, run, evidence, oracle_dtype), ()
     except JobFailed as error:
         if task.until and isinstance(error.failure.exception, SubjectError):
@@ -72,8 +72,8 @@ def _input_to_trace(evidence: Evidence, checks: Mapping[str, Check]) -> str:
 
 def _in_float64(
     task: Task, run: Run, evidence: Evidence, input_id: str
-) -> tuple[FirstDivergence | None, bool]:
-    """Return the first module that leaves its reference, and whether any module was traced."""
+) -> tuple[FirstDivergence | None, tuple[str, ...]]:
+    """Return the first module that leaves its reference, and notes on what does not."""
     task = replace(task, dtype="float64", trace=input_id)
     reference = run(task, 1)[0]
     replay = {
@@ -86,7 +86,23 @@ def _in_float64(
     except JobFailed:  # a module that cannot run alone; then the forward has to do
         traces = run(task, evidence.tp_size)
     found = locate(reference, traces, limit=structural_limit(evidence.floor.relative_rms))
-    return found, bool(reference.extras["points"])
+    if reference.extras["points"]:
+        return found, () if found else (_NOT_IN_A_MODULE,)
+    return found, _of_calls(reference, traces, found=found is not None)
+
+
+def _of_calls(reference: Trace, traces: Sequence[Trace], *, found: bool) -> tuple[str, ...]:
+    """Say what is to be said of a subject without modules: its collectives stand in for them."""
+    calls = list(reference.extras["calls"])
+    lacking = [name for name in calls if any(name not in t.extras["calls"] for t in traces)]
+    if lacking:
+        return (f"localization: TP=1 calls {lacking[0]}, TP={len(traces)} does not",)
+    if found or not calls:
+        return ()
+    return (
+        "localization: every collective gives what it does at TP=1: look at what comes after the"
+        f" last, {calls[-1]}",
+    )
 
 
 def _in_deployed_dtype(

@@ -395,5 +395,6 @@ class _Runner:
         self._group.recorder.take()
         self._extras["points"] = tracer.records
         self._extras["outside"] = tracer.outside
+        self._extras["calls"] = tracer.calls
         if task.replay:
             self._extras["replayed"] = replay_modules(points, task.replay, self._group, tracer)

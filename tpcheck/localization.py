@@ -4,14 +4,16 @@ Requirement: a failing verdict names a module, a rank and an index range, not a 
 taken in the order in which they returned, so an inner module is blamed before the one around it.
 Where placements are declared the module is judged on the reference's own input (a replay), so an
 upstream error is not blamed on what follows; elsewhere an input that is off already is told, since
-code between modules can be at fault. At a row-parallel layer the regression onto the captured
-partials names the rank and the factor. Placements that nobody declared: [Undeclared Placements].
+code between modules can be at fault. Where there are no modules, collectives stand in for them. At
+a row-parallel layer the regression onto the captured partials names the rank and the factor.
+Placements that nobody declared: [Undeclared Placements].
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -96,9 +98,8 @@ def _judge_point(
     want = reference.output
     assert want is not None
     replayed = all(fqn in trace.extras.get("replayed", {}) for trace in traces)
-    records = [
-        (trace.extras["replayed"] if replayed else trace.extras["points"])[fqn] for trace in traces
-    ]
+    held: list[Any] = [t.extras["replayed"] if replayed else _points(t) for t in traces]
+    records = [points[fqn] for points in held]
     outputs = [record.output for record in records]
     if any(output is None for output in outputs):
         return _judge_holders(fqn, reference, traces, allowed)
@@ -314,5 +315,6 @@ def _name(factors: torch.Tensor, text: str) -> tuple[int | None, str]:
 
 
 def _points(trace: Trace) -> Points:
-    found: Points = trace.extras.get("points", {})
+    """Return what was traced: modules, or collectives where there are none."""
+    found: Points = trace.extras.get("points") or trace.extras.get("calls", {})
     return found

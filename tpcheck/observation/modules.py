@@ -4,7 +4,7 @@ Requirement: the first module that leaves its reference has to be found in code 
 `forward.trace_points` names modules, with placements where the author declared them; a plain
 nn.Module is traced at every named submodule, also one that a function closes over. Where
 placements are declared a module is also run on the reference's own input, so an upstream error is
-not blamed on what follows.
+not blamed on what follows. Code without any module is traced at its collectives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 
 from tpcheck.errors import SubjectError
 from tpcheck.groups.base import RecordedGroup
-from tpcheck.placement import Placement
+from tpcheck.observation.whereabouts import call_site
+from tpcheck.placement import Placement, Replicate, Shard
 from tpcheck.sharding import shard
 from tpcheck.trace import Collective
 
@@ -151,6 +152,8 @@ class ModuleTracer:
         self._until = until
         self.outside: list[tuple[Collective, torch.Tensor, torch.Tensor]] = []
         """Sums over ranks that no traced module makes, as `PointRecord.partials`."""
+        self.calls: dict[str, PointRecord] = {}
+        """Where there are no modules: every collective, as `all_reduce at model.py:42`."""
         self._open: list[tuple[str, PointRecord]] = []
         self._done = False
         self._finished = 0
@@ -199,10 +202,29 @@ class ModuleTracer:
     def _tap(self, group: RecordedGroup, call: Collective, x: torch.Tensor, run: Any) -> Any:
         result = run(x)
         sums = call.op in ("all_reduce", "reduce_scatter") and call.detail not in ("max", "min")
-        if sums and group.size == self._group.size:  # else it is a sum over some of the ranks
-            partials = self._open[-1][1].partials if self._open else self.outside
-            partials.append((call, x.detach().cpu().clone(), result.detach().cpu().clone()))
+        if group.size != self._group.size:  # it is over some of the ranks
+            return result
+        seen = (call, x.detach().cpu().clone(), result.detach().cpu().clone())
+        if sums:
+            (self._open[-1][1].partials if self._open else self.outside).append(seen)
+        if not self._points:
+            self._note_call(*seen, sums=sums)
         return result
+
+    def _note_call(
+        self, call: Collective, x: torch.Tensor, result: torch.Tensor, *, sums: bool
+    ) -> None:
+        name = f"{call.op} at {call_site()}"
+        count = sum(known.split("#")[0] == name for known in self.calls)
+        places: dict[str, Placement] = {"reduce_scatter": Shard(call.dim)}
+        places |= dict.fromkeys(("all_reduce", "all_gather", "broadcast"), Replicate())
+        self.calls[name if count == 0 else f"{name}#{count + 1}"] = PointRecord(
+            input=None,
+            output=result,
+            out_placement=places.get(call.op),
+            finished=len(self.calls),
+            partials=[(call, x, result)] if sums else [],
+        )
 
 
 def replay_modules(
