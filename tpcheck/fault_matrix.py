@@ -17,6 +17,7 @@ from tpcheck.fault_cells import Cell, FaultBench, find_fault
 from tpcheck.faults import FAULTS, Fault
 from tpcheck.groups.jobs import Ranks
 from tpcheck.groups.opening import open_ranks
+from tpcheck.groups.surroundings import one_thread
 from tpcheck.numerics.proportion import clopper_pearson
 from tpcheck.records import CHECK_NAMES
 
@@ -137,7 +138,7 @@ def selfcheck(
     if not degrees or min(degrees) < 2:
         raise TPCheckError(f"tp={list(degrees)}, but should name degrees of at least 2")
     results, rows = [], []
-    with open_ranks(backend, max(degrees), None) as ranks:
+    with one_thread(), open_ranks(backend, max(degrees), None) as ranks:
         for done, fault in enumerate(chosen):
             if progress is not None:
                 progress(done, len(chosen), fault.name)

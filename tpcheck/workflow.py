@@ -14,6 +14,7 @@ from tpcheck import environment
 from tpcheck.generated import generated_verdicts
 from tpcheck.groups.jobs import Ranks
 from tpcheck.groups.opening import open_ranks
+from tpcheck.groups.surroundings import one_thread
 from tpcheck.investigation import Settings
 from tpcheck.judging import CaseJudge, Seen
 from tpcheck.numerics.tolerance import users_tolerance
@@ -120,7 +121,7 @@ def run(
     )
     seen = Seen()
     world = max(plan.tp_sizes)
-    with open_ranks(plan.backend, world, plan.ranks_per_gpu, reduction) as ranks:
+    with one_thread(), open_ranks(plan.backend, world, plan.ranks_per_gpu, reduction) as ranks:
         seen.label = ranks.label
         verdicts = tuple(judged(plan, ranks, seen, progress))
         report = report_of(plan, verdicts, seen)

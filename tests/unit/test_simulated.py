@@ -836,3 +836,18 @@ def test_every_rank_has_its_own_context_variables():
 
     assert replies(body, 3) == ((7, 0), (7, 1), (7, 2))
     assert variable.get() == 7
+
+
+def test_ranks_compute_on_one_thread_and_leave_the_count_as_it_was():
+    def counting(world: SimulatedWorld) -> int:
+        return torch.get_num_threads()
+
+    def raising(world: SimulatedWorld) -> None:
+        torch.set_num_threads(2)
+        raise ValueError("with other threads")
+
+    torch.set_num_threads(3)
+    assert replies(counting, 2) == (1, 1)
+    assert torch.get_num_threads() == 3
+    assert failure(raising, 2).kind == "raised"
+    assert torch.get_num_threads() == 3

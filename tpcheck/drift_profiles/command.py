@@ -17,6 +17,7 @@ from tpcheck.drift_profiles.summary import summary
 from tpcheck.errors import TPCheckError
 from tpcheck.groups.jobs import JobFailed, Ranks
 from tpcheck.groups.opening import open_ranks
+from tpcheck.groups.surroundings import one_thread
 from tpcheck.investigation import Settings
 from tpcheck.judging import Seen, subject_of
 from tpcheck.numerics.reduction import KINDS
@@ -130,7 +131,10 @@ def drift(
     _require_known("declared", [declared] if declared else [], KINDS)
     levels = parse_remedies(fallback, plan.backend, width=width)
     seen = Seen()
-    with open_ranks(plan.backend, max(plan.tp_sizes), plan.ranks_per_gpu, reduction) as ranks:
+    with (
+        one_thread(),
+        open_ranks(plan.backend, max(plan.tp_sizes), plan.ranks_per_gpu, reduction) as ranks,
+    ):
         seen.label = ranks.label
         profiler = _Profiler(plan, ranks, declared or reduction, wires)
         verdicts = tuple(profiler.profiled(judged(plan, ranks, seen, progress)))

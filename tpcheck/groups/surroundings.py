@@ -13,6 +13,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from tpcheck.groups.nccl import launch_environment
 
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -76,6 +78,23 @@ def restored_environment() -> Iterator[None]:
                 name for name in now.keys() | before.keys() if now.get(name) != before.get(name)
             ]
             change_environment({_text(name): _text(before.get(name)) for name in names})
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, as ranks of a pool do, and put the count back.
+
+    The bits are then those of any number of cores, and no thread spins: on two cores that others
+    use as well, two threads took eight times as long.
+    """
+    threads = torch.get_num_threads()
+    if threads != 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
 
 
 def _text(raw: Any) -> Any:
