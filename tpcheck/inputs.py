@@ -1,7 +1,7 @@
 """The inputs of a case: made once, the same at every degree, chosen not to hide bugs.
 
 Requirement: batch rows differ (a hook that returns output[0] is invisible when rows are equal),
-lengths 1, tp-1, tp, tp+1 and the longest are all tried, and the longest runs as A, B, A on one
+lengths 1, tp-1, tp, tp+1 and the longest are all tried, and the longest runs as A, B, A, A on one
 built subject so that state leaking from call to call shows. Long comes before short, because what
 a longer call left in a buffer shows in the shorter one after it; so the others are between A and B.
 Token ids are as different as they can be, and every second one stands at the edge of a vocabulary
@@ -115,17 +115,18 @@ def _maker(subject: Subject, case: Case) -> tuple[Make, bool]:
 
 
 def input_order(inputs: Inputs, tp_size: int | None = None) -> tuple[str, ...]:
-    """Return the ids to run: A, the sweep's lengths (those of one degree if given), then B, A.
+    """Return the ids to run: A, the sweep's lengths (those of one degree if given), then B, A, A.
 
     A is first at every degree: what a first call alone shows is held against its like. There are
-    others between A and B, A: of two or three buffers that take turns one would else hold A's own.
+    others between A and B: of two or three buffers that take turns one would else hold A's own. Two
+    A's in a row: what goes round, in however many calls, is not where it was at both of them.
     """
     lengths = [key for key in inputs if key.startswith(("t", "row"))]
     if tp_size is not None:
         wanted = {f"t{n}" for n in (1, tp_size - 1, tp_size, tp_size + 1)}
         wanted |= {f"row{n}" for n in (1, tp_size + 1)}
         lengths = [key for key in lengths if key in wanted]
-    return ("A", *(lengths or ["B", "B"]), "B", "A")
+    return ("A", *(lengths or ["B"]), "B", "A", "A")
 
 
 def fewer_inputs(inputs: Inputs, case: Case) -> Iterator[tuple[Inputs, str]]:

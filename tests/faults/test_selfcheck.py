@@ -243,3 +243,9 @@ def test_an_unknown_fault_is_named():
 def test_degrees_without_a_fault_are_refused(tp_sizes):
     with pytest.raises(TPCheckError, match="but should name degrees of at least 2"):
         selfcheck(tp_sizes, faults=["double_bias"])
+
+
+@pytest.mark.parametrize("tp_size", [4, 8])
+def test_what_goes_round_in_as_many_calls_as_there_are_ranks_is_seen(tp_size: int) -> None:
+    [result] = selfcheck((tp_size,), faults=["summed_by_arrival"], casts=False).results
+    assert result.caught_by == ("repeatability",)
