@@ -65,8 +65,11 @@ def structural(evidence: Evidence) -> Check:
         return Check(SKIPPED, "the output is empty at TP=1: nothing to compare", facts)
     if not any(bool(output.isfinite().any()) for output in oracle.outputs.values()):
         return Check(SKIPPED, "TP=1 in float64 is not finite anywhere: nothing to compare", facts)
-    where, worst = worst_comparison(compared)
-    facts |= {"relative_rms": worst.relative_rms, "smallest_bug": limit, "worst_input": where}
+    limits = {key: structural_limit(floor.of(key)) for key in compared}
+    where, worst = worst_comparison(compared, limits)
+    limit = limits[where]
+    facts |= {"limit": limit, "smallest_bug": limit}
+    facts |= {"relative_rms": worst.relative_rms, "worst_input": where}
     if worst.mask_mismatches:
         return Check(FAIL, f"{where}: {_mask_reason(exact, oracle, where)}", facts)
     if worst.relative_rms > limit:
@@ -79,6 +82,7 @@ def structural(evidence: Evidence) -> Check:
     hidden = _hidden_in_slices(evidence)
     if hidden:
         return Check(FAIL, hidden, facts)
+    limit = structural_limit(floor.relative_rms)
     if floor.tier == "float64" and limit > _BLIND:
         reason = f"{floor.source}: what is smaller than {limit:.3g} could not be told from rounding"
         return Check(SKIPPED, reason, facts)

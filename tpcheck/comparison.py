@@ -128,11 +128,22 @@ def sliced_relative_rms(actual: torch.Tensor, expected: torch.Tensor) -> tuple[f
     return found[0], found[1]
 
 
-def worst_comparison(comparisons: Mapping[str, Comparison]) -> tuple[str, Comparison]:
-    """Return the input whose comparison is furthest off: masks first, then relative rms."""
-    return max(
-        comparisons.items(), key=lambda item: (item[1].mask_mismatches, item[1].relative_rms)
-    )
+def worst_comparison(
+    comparisons: Mapping[str, Comparison], limits: Mapping[str, float] | None = None
+) -> tuple[str, Comparison]:
+    """Return the input whose comparison is furthest off: masks first, then relative rms.
+
+    Args:
+        limits: input id -> what its relative rms is measured by; infinite where all is rounding.
+    """
+
+    def off(key: str) -> tuple[int, float]:
+        limit = 1.0 if limits is None else limits[key]
+        found = comparisons[key]
+        return found.mask_mismatches, 0.0 if limit == math.inf else found.relative_rms / limit
+
+    worst = max(comparisons, key=off)
+    return worst, comparisons[worst]
 
 
 def describe_region(bad: torch.Tensor) -> str:

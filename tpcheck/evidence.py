@@ -21,13 +21,20 @@ from tpcheck.trace import NarrowCast, Trace
 class NoiseFloor:
     """How far casts narrower than float64 may move the output: measured, with where they are.
 
+    by_input: the same of single inputs, where one (a token less the mean of all) is next to nothing
+    and may move by more than all of it: that speaks for no other.
     sliced: input id -> the same in units of each channel, and of each token; see comparison.
     """
 
     relative_rms: float = 0.0
+    by_input: Mapping[str, float] = field(default_factory=dict)
     sliced: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     tier: str = "float64"
     source: str = "no cast below float64"
+
+    def of(self, key: str) -> float:
+        """Return how far the output of one input may be moved."""
+        return self.by_input.get(key, self.relative_rms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +97,14 @@ def with_outputs(trace: Trace, more: Trace, suffix: str = "") -> Trace:
     return replace(trace, outputs={**trace.outputs, **added})
 
 
-def output_response(moved: Trace, still: Trace) -> float:
-    """Return the largest relative rms by which any input's output moved."""
-    responses = [0.0]
+def output_responses(moved: Trace, still: Trace) -> dict[str, float]:
+    """Return input id -> the relative rms by which its output moved."""
+    found = {}
     for key in moved.outputs:
         if key in still.outputs and key != AGAIN:
             error, magnitude, _ = pooled_rms([(moved.outputs[key], still.outputs[key])])
-            responses.append(relative(error, magnitude))
-    return max(responses)
+            found[key] = relative(error, magnitude)
+    return found
 
 
 def without_flips(moved: Trace, still: Trace) -> tuple[Trace, Trace]:
@@ -134,7 +141,7 @@ def noise_floor(
         codes: the subject quantizes; tokens in which a code flipped are left out.
     """
     moved = [without_flips(*pair) for pair in moved] if codes else moved
-    response = max(output_response(*pair) for pair in moved)
+    response = max(max(output_responses(*pair).values(), default=0.0) for pair in moved)
     at_a = [sliced_relative_rms(a.outputs["A"], b.outputs["A"]) for a, b in moved]
     narrowest = max(casts, key=lambda cast: eps(cast.target))
     where = f" in {narrowest.fqn}" if narrowest.fqn else ""
@@ -149,9 +156,11 @@ def noise_floor(
 
 def last_bits_floor(moved: Trace, still: Trace) -> NoiseFloor:
     """Return the floor that float64's own rounding sets, from a run whose last bits moved."""
-    response = output_response(moved, still)
+    by_input = output_responses(moved, still)
+    response = by_input["A"]
     return NoiseFloor(
         relative_rms=response,
+        by_input=by_input,
         sliced={"A": sliced_relative_rms(moved.outputs["A"], still.outputs["A"])},
         source=f"an ulp of float64 at every operation moves TP=1's output by {response:.2g}",
     )

@@ -118,3 +118,62 @@ def test_a_constant_that_is_off_is_one(wrong):
         return bias * torch.tensor((1 + wrong * (tp.size > 1)) / tp.size, dtype=torch.float64)
 
     assert verdict_of(constants(off), 3).outcome == "WRONG"
+
+
+def stepping(decide, bug=0.0):
+    """Return a layer that cancels nothing, but takes a step at values that lie on one."""
+
+    @tpcheck.subject(vocab_size=VOCAB, seq_len=9)
+    def build(tp):
+        embed = tp.weight("embed", VOCAB, HIDDEN)
+        up = tp.weight("up", WIDE, HIDDEN).chunk(tp.size)[tp.rank]
+        down = tp.weight("down", HIDDEN, WIDE).chunk(tp.size, 1)[tp.rank]
+
+        def forward(input_ids):
+            x = embed[input_ids]
+            x = x + decide(x) * tp.all_reduce(torch.relu(x @ up.T) @ down.T)
+            return x * (1 + bug * (tp.size > 1))
+
+        return forward
+
+    return build
+
+
+STEPS = {
+    "an entry is its own threshold": lambda x: (x >= x.kthvalue(5).values[..., None]).to(x.dtype),
+    "nothing is left of itself": lambda x: torch.sign(x - x.clone()) + 1,
+    "positions are whole": lambda x: torch.floor(torch.arange(x.shape[1]).to(x)[:, None] * 1.0) + 1,
+    "a whole number of thirds": lambda x: torch.floor(torch.full_like(x, 3) / 3 * 2),
+    "halves of a count": lambda x: torch.remainder(x.new_ones(x.shape).cumsum(-1), 2) + 1,
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_what_steps_excuses_no_bug_far_below_the_step(name):
+    assert verdict_of(stepping(STEPS[name])).outcome == "PASS"
+    found = verdict_of(stepping(STEPS[name], bug=1e-9))
+    assert found.outcome == "WRONG", found.checks["structural"].facts
+
+
+def leveled(bug=0.0):
+    """Return a layer that takes the mean of all tokens away: of one token nothing is left."""
+
+    @tpcheck.subject(vocab_size=VOCAB, seq_len=9)
+    def build(tp):
+        embed = tp.weight("embed", VOCAB, HIDDEN)
+        up = tp.weight("up", WIDE, HIDDEN).chunk(tp.size)[tp.rank]
+        down = tp.weight("down", HIDDEN, WIDE).chunk(tp.size, 1)[tp.rank]
+
+        def forward(input_ids):
+            y = tp.all_reduce(torch.relu(embed[input_ids] @ up.T) @ down.T)
+            third = y / 3
+            return (y - (third + third + third).mean(1, keepdim=True)) * (1 + bug * (tp.size > 1))
+
+        return forward
+
+    return build
+
+
+def test_an_input_of_which_only_rounding_is_left_speaks_for_no_other():
+    assert verdict_of(leveled()).outcome == "PASS"
+    assert verdict_of(leveled(bug=1e-9)).outcome == "WRONG"

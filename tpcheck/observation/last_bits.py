@@ -4,8 +4,10 @@ Requirement: a sum in another order is off by last bits, and an ill-conditioned 
 cancel a millionfold, forty layers of a chaotic map) makes something visible of them. That is no
 bug, and no constant knows it: it is measured on TP=1, where there are no ranks to have one.
 
-Operands are moved, not results: a product of thousands of terms that cancel rounds by its terms.
-What steps (a comparison, a cast to integers, a floor) is given what it would have been given.
+Of sums, operands are moved: a product of thousands of terms that cancel rounds by its terms. What
+goes element by element has its result moved, once for all who read it: x - x stays nothing, and an
+entry that is its own threshold stays at it. What is whole is no rounding (a position, a count, a
+mask) and is not moved, or a floor, a comparison, a one-hot would take it a step away.
 Source: random rounding, Parker 1997, Monte Carlo arithmetic.
 """
 
@@ -18,18 +20,26 @@ import torch
 
 from tpcheck.groups.base import Recorder
 from tpcheck.observation.codes import plain_name, rounds
-from tpcheck.observation.dispatch import is_exact, is_view
+from tpcheck.observation.dispatch import DISTRIBUTED, is_exact, is_view
 from tpcheck.observation.dispatch_mode import PlainMode
 from tpcheck.observation.lifting import written
 
-_STEPS = frozenset(
-    f"aten::{name}" for name in "sign sgn heaviside remainder fmod floor_divide frac".split()
+_EXACT = frozenset(
+    f"aten::{name}"
+    for name in (
+        "topk sort max min kthvalue median mode cummax cummin take masked_select roll flip tril"
+        " triu copy _to_copy fill zero masked_fill index_put scatter slice_scatter select_scatter"
+        " sgn heaviside remainder fmod floor_divide frac"
+    ).split()
 )
-"""Besides rounding to whole numbers: a last bit takes them to another value."""
+"""Besides `is_exact`: what gives or places values as they are, and what steps."""
+
+_LARGEST_WHOLE = 2**31
+"""Of positions and counts; all that is larger than float64's 53 bits is whole."""
 
 
 class LastBits(PlainMode):
-    """Move every operand of what computes in `wide` by an ulp, up, down or not at all.
+    """Move by an ulp, up, down or not at all, what the ops that compute in `wide` round.
 
     Args:
         recorder: says when a TPGroup's own code runs, which is left alone.
@@ -51,29 +61,31 @@ class LastBits(PlainMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        steps = rounds(func) or plain_name(func) in _STEPS
-        if self._recorder.inside or steps or is_view(func) or is_exact(func):
+        exact = is_exact(func) or rounds(func) or plain_name(func) in _EXACT
+        if self._recorder.inside or func.namespace in DISTRIBUTED or exact or is_view(func):
             return func(*args, **kwargs)
+        if torch.Tag.pointwise in func.tags:
+            result = func(*args, **kwargs)
+            moved = self._moved(result)
+            in_place = any(written(func)) and isinstance(result, torch.Tensor)
+            return result.copy_(moved) if in_place else moved
         places, names = written(func)
-        result = func(
+        return func(
             *(x if i in places else self._moved(x) for i, x in enumerate(args)),
             **{key: x if key in names else self._moved(x) for key, x in kwargs.items()},
         )
-        decides = any(
-            not (x.is_floating_point() or x.is_complex())
-            for x in (result if isinstance(result, (list, tuple)) else (result,))
-            if isinstance(x, torch.Tensor)
-        )
-        return func(*args, **kwargs) if decides and not places and not names else result
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(self._moved(one) for one in value)
         if not isinstance(value, torch.Tensor):
             return value
-        rounds_so = value.is_floating_point() or value.is_complex()
-        if not rounds_so or torch.finfo(value.dtype).eps != self._step:
+        floating = value.is_floating_point() or value.is_complex()
+        if not floating or torch.finfo(value.dtype).eps != self._step:
             return value
         ulps = torch.randint(-1, 2, value.shape, generator=self._generator).to(value.device)
         moved = value * (1 + self._step * ulps.to(value.dtype))
-        return torch.where(moved.isfinite(), moved, value)  # a mask of the largest number stays
+        parts = torch.view_as_real(value) if value.is_complex() else value
+        whole = (parts == parts.round()) & (parts.abs() < _LARGEST_WHOLE)
+        stays = (whole.all(-1) if value.is_complex() else whole) | ~moved.isfinite()
+        return torch.where(stays, value, moved)
