@@ -116,11 +116,17 @@ class CaseRuns:
         return self.run(replace(self.noisy_task, sent=self.oracle.extras["sent"]), 1)[0]
 
     @cached_property
-    def unsteady(self) -> Trace:
-        """TP=1 in `oracle_dtype` with every operand moved by an ulp of it."""
+    def _unsteady(self) -> list[Trace]:
+        return []
+
+    def unsteady(self, count: int) -> Sequence[Trace]:
+        """Return TP=1 in `oracle_dtype` with its last bits moved, `count` times, each otherwise."""
         task = self.exact_task(tuple(self.inputs), alone=True)
-        task = replace(task, decode=False, pinned=self.pinned, last_bits=_NOISE_SEED)
-        return self.run(task, 1)[0]
+        task = replace(task, decode=False, pinned=self.pinned)
+        while len(self._unsteady) < count:
+            moved = replace(task, last_bits=_NOISE_SEED + len(self._unsteady))
+            self._unsteady.append(self.run(moved, 1)[0])
+        return self._unsteady[:count]
 
     @cached_property
     def rebuilt(self) -> Trace:
@@ -131,7 +137,14 @@ class CaseRuns:
     def watch_every_length(self) -> None:
         """From here on, look for casts and choices in the forward of every input."""
         self.task = replace(self.task, watch_all=True)
-        for made in ("oracle", "noisy_alone", "unsteady", "rebuilt", "lifted", "lifted_in_forward"):
+        for made in (
+            "oracle",
+            "noisy_alone",
+            "_unsteady",
+            "rebuilt",
+            "lifted",
+            "lifted_in_forward",
+        ):
             vars(self).pop(made, None)
 
     @cached_property
@@ -150,7 +163,7 @@ class CaseRuns:
 
     def _without_casts(self, lift: str) -> CaseRuns | JobFailed:
         lifted = copy.copy(self)
-        for made in ("oracle", "base", "noisy_alone", "unsteady", "rebuilt"):
+        for made in ("oracle", "base", "noisy_alone", "_unsteady", "rebuilt"):
             vars(lifted).pop(made, None)
         lifted.task = replace(self.task, lift=lift)
         lifted._timeout_s = self._timeout_s / 4

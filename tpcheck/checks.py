@@ -29,7 +29,7 @@ from tpcheck.errors import SubjectError
 from tpcheck.evidence import Evidence
 from tpcheck.execution import AGAIN
 from tpcheck.numerics.drift import floored, ratio_limit
-from tpcheck.numerics.tolerance import derived_tolerance, structural_limit
+from tpcheck.numerics.tolerance import STRUCTURAL_LIMIT, derived_tolerance, structural_limit
 from tpcheck.numerics.ulp import eps
 from tpcheck.records import FAIL, PASS, SKIPPED, Check, Comparison
 from tpcheck.trace import Trace
@@ -82,8 +82,11 @@ def structural(evidence: Evidence) -> Check:
     hidden = _hidden_in_slices(evidence)
     if hidden:
         return Check(FAIL, hidden, facts)
+    if lost := _lost_in_the_oracle(evidence):
+        return Check(SKIPPED, lost, facts)
     limit = structural_limit(floor.relative_rms)
-    if floor.tier == "float64" and limit > _BLIND:
+    wide = eps(floor.tier) <= eps("float32") and evidence.lifted is None
+    if wide and limit > _BLIND and worst.relative_rms > STRUCTURAL_LIMIT:
         reason = f"{floor.source}: what is smaller than {limit:.3g} could not be told from rounding"
         return Check(SKIPPED, reason, facts)
     if evidence.lifted is None:
@@ -137,6 +140,8 @@ def drift(evidence: Evidence) -> Check:
         return Check(SKIPPED, "TP=N and TP=1 return different shapes", facts)
     if pairs and not any(_rounds(got) for got, _ in pairs):
         return Check(SKIPPED, f"the output is {pairs[0][0].dtype}: it does not round", facts)
+    if lost := _lost_in_the_oracle(evidence):
+        return Check(SKIPPED, lost, facts)
     overflow = _overflow(evidence)
     error, magnitude, count = pooled_rms(pairs)
     facts |= {"overflow": True} if overflow else {}
@@ -342,10 +347,33 @@ def _mask_reason(actual: Trace, expected: Trace, key: str) -> str:
     )
 
 
+def _lost_in_the_oracle(evidence: Evidence) -> str:
+    """Say where TP=1 is NaN in the wider dtype alone: there it is no oracle of anything."""
+    base, reference = evidence.base.outputs, _reference(evidence)
+    for key in _common(base, reference):
+        if base[key].shape != reference[key].shape or not _rounds(reference[key]):
+            continue
+        lost = int((reference[key].isnan() & base[key].isfinite()).sum())
+        if lost:
+            return (
+                f"{key}: TP=1 in {evidence.oracle_dtype} is NaN at {lost} of {base[key].numel()}"
+                f" elements that are finite in {evidence.dtype}: no oracle of these (a mask"
+                " of torch.finfo(tp.dtype).min in a float32 tensor is one, say)"
+            )
+    return ""
+
+
 def _overflow(evidence: Evidence) -> str:
+    """Say what is not finite in the deployed dtype alone.
+
+    Where the oracle is -inf elsewhere, -inf is what a filter (top-k, top-p) leaves out, and which
+    token that is may be a matter of rounding.
+    """
     actual, reference = evidence.deployed[0].outputs, _reference(evidence)
     for key in _common(actual, reference):
         bad = ~actual[key].isfinite() & reference[key].isfinite()
+        if bool((reference[key] == -math.inf).any()):
+            bad &= actual[key] != -math.inf
         if bad.any():
             base = evidence.base.outputs[key]
             also = int((~base.isfinite() & reference[key].isfinite()).sum())

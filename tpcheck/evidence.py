@@ -154,14 +154,16 @@ def noise_floor(
     )
 
 
-def last_bits_floor(moved: Trace, still: Trace) -> NoiseFloor:
-    """Return the floor that float64's own rounding sets, from a run whose last bits moved."""
-    by_input = output_responses(moved, still)
+def last_bits_floor(moved: Sequence[Trace], still: Trace) -> NoiseFloor:
+    """Return the floor that float64's own rounding sets, from runs whose last bits moved."""
+    draws = [output_responses(one, still) for one in moved]
+    by_input = {key: max(draw[key] for draw in draws) for key in draws[0]}
     response = by_input["A"]
+    sliced = [sliced_relative_rms(one.outputs["A"], still.outputs["A"]) for one in moved]
     return NoiseFloor(
         relative_rms=response,
         by_input=by_input,
-        sliced={"A": sliced_relative_rms(moved.outputs["A"], still.outputs["A"])},
+        sliced={"A": (max(c for c, _ in sliced), max(t for _, t in sliced))},
         source=f"an ulp of float64 at every operation moves TP=1's output by {response:.2g}",
     )
 

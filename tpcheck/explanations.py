@@ -29,6 +29,9 @@ decide. Where one case in twenty has a value between two codes, three of five do
 _MOST_ROUNDINGS = 10.0
 """Where TP=1's output moves by more eps of its narrowest cast than this, it is built again. A look
 costs a run, and no verdict rests on the number."""
+_DRAWS, _FAR = 4, 1e3
+"""How often last bits are moved where a model may make that much of them: in a chaotic one a draw
+is off by its own size and more. Not where the difference is further off than any draw is."""
 _TIE = 1e-9
 """A choice between values closer than this (relative) is a tie that float64 rounding may break."""
 
@@ -150,9 +153,14 @@ def _with_last_bits(runs: CaseRuns, evidence: Evidence) -> Evidence:
         return evidence
     if evidence.floor.tier != "float64" or structural(evidence).outcome != FAIL:
         return evidence
-    floor = last_bits_floor(runs.unsteady, evidence.oracle)
-    explained = replace(evidence, floor=floor)
-    return evidence if structural(explained).outcome == FAIL else explained
+    for count in range(1, _DRAWS + 1):
+        floor = last_bits_floor(runs.unsteady(count), evidence.oracle)
+        found = structural(explained := replace(evidence, floor=floor))
+        if found.outcome != FAIL:
+            return explained
+        if found.facts.get("relative_rms", math.inf) > _FAR * found.facts["limit"]:
+            break
+    return evidence
 
 
 def _with_ties_pinned(runs: CaseRuns, evidence: Evidence) -> tuple[Evidence, tuple[str, ...]]:

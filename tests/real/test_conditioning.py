@@ -177,3 +177,25 @@ def leveled(bug=0.0):
 def test_an_input_of_which_only_rounding_is_left_speaks_for_no_other():
     assert verdict_of(leveled()).outcome == "PASS"
     assert verdict_of(leveled(bug=1e-9)).outcome == "WRONG"
+
+
+def test_a_float64_run_that_is_nan_where_the_deployed_one_is_not_is_no_oracle():
+    @tpcheck.subject(vocab_size=VOCAB, seq_len=9)
+    def build(tp):
+        embed = tp.weight("embed", VOCAB, HIDDEN)
+        down = tp.weight("down", HIDDEN, HIDDEN).chunk(tp.size, 1)[tp.rank]
+
+        def forward(input_ids):
+            x, length = embed[input_ids], input_ids.shape[1]
+            hidden = torch.ones(length, length).triu(1)
+            mask = hidden[:2] * torch.finfo(x.dtype).min  # in a float64 run 0 * inf
+            mask = torch.cat([mask, torch.where(hidden[2:] > 0, -1e9, 0.0)]).to(x.dtype)
+            scores = (x @ x.mT + mask).softmax(-1)
+            part = (scores @ x).chunk(tp.size, -1)[tp.rank] @ down.T
+            return tp.all_reduce(part) * (1.1 if tp.size > 1 else 1)
+
+        return forward
+
+    found = verdict_of(build, 2, "bfloat16")
+    assert found.outcome == "INCONCLUSIVE"
+    assert "elements that are finite in bfloat16: no oracle of these" in found.reasons[0]

@@ -30,3 +30,27 @@ def test_a_mask_hides_no_other_logit(reduced: bool, outcome: str, cast: Any, mas
         return forward
 
     assert tpcheck.run(build, (2,), backend="sim", confirm=False).outcome == outcome
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_token_that_rounding_filters_out_is_no_overflow(dtype):
+    """Top-p: a token at the edge of the nucleus falls out of it in one dtype, at TP=1 as well."""
+
+    @tpcheck.subject(vocab_size=96, seq_len=9)
+    def build(tp):
+        embed = tp.weight("embed", 96, 32, std=1.0)
+        head = tp.weight("head", 96, 32).chunk(tp.size)[tp.rank]
+        down = tp.weight("down", 32, 32).chunk(tp.size, 1)[tp.rank]
+
+        def forward(input_ids):
+            x = embed[input_ids]
+            x = x + tp.all_reduce(torch.relu(x).chunk(tp.size, -1)[tp.rank] @ down.T)
+            logits, at = tp.all_gather(x @ head.T, -1).sort(-1, descending=True)
+            chances = logits.softmax(-1)
+            logits = logits.masked_fill(chances.cumsum(-1) - chances > 0.9, -torch.inf)
+            return torch.full_like(logits, -torch.inf).scatter(-1, at, logits)
+
+        return forward
+
+    report = tpcheck.run(build, (2, 4, 8), dtypes=(dtype,), backend="sim", confirm=False)
+    assert [verdict.outcome for verdict in report.verdicts] == ["PASS"] * 3
