@@ -192,7 +192,9 @@ def test_a_float64_run_that_is_nan_where_the_deployed_one_is_not_is_no_oracle():
             mask = torch.cat([mask, torch.where(hidden[2:] > 0, -1e9, 0.0)]).to(x.dtype)
             scores = (x @ x.mT + mask).softmax(-1)
             part = (scores @ x).chunk(tp.size, -1)[tp.rank] @ down.T
-            return tp.all_reduce(part) * (1.1 if tp.size > 1 else 1)
+            scale = torch.ones(length, 1, dtype=x.dtype)
+            scale[:2] = 1.1 if tp.size > 1 else 1  # where nothing can be compared
+            return tp.all_reduce(part) * scale
 
         return forward
 
