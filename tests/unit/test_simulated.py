@@ -29,6 +29,8 @@ Body = Callable[[SimulatedWorld], Any]
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)  # a process that forks later must not have others
 
 
 def call(world: SimulatedWorld, body: Body) -> Any:

@@ -219,6 +219,7 @@ def _rank(directory, start, results):
     def make():
         return torch.randn(1 << 16)  # every process draws its own, so a second make would show
 
+    torch.set_num_threads(1)  # a fork of a process that computed on several has none of the others
     torch.manual_seed(os.getpid())
     start.wait()
     mine = FileStore(directory).get("w", make)
