@@ -27,6 +27,8 @@ from tpcheck.subjects import Subject, SubjectRef
 from tpcheck.trace import Trace
 
 _NOISE_SEED = 1
+_OF_THE_ORACLE = ("oracle", "noisy_alone", "_unsteady", "rebuilt")
+"""What CaseRuns keeps of TP=1 in the oracle's dtype: made anew where its task changes."""
 
 
 class CaseRuns:
@@ -137,14 +139,7 @@ class CaseRuns:
     def watch_every_length(self) -> None:
         """From here on, look for casts and choices in the forward of every input."""
         self.task = replace(self.task, watch_all=True)
-        for made in (
-            "oracle",
-            "noisy_alone",
-            "_unsteady",
-            "rebuilt",
-            "lifted",
-            "lifted_in_forward",
-        ):
+        for made in (*_OF_THE_ORACLE, "lifted", "lifted_in_forward"):
             vars(self).pop(made, None)
 
     @cached_property
@@ -163,7 +158,7 @@ class CaseRuns:
 
     def _without_casts(self, lift: str) -> CaseRuns | JobFailed:
         lifted = copy.copy(self)
-        for made in ("oracle", "base", "noisy_alone", "_unsteady", "rebuilt"):
+        for made in (*_OF_THE_ORACLE, "base"):
             vars(lifted).pop(made, None)
         lifted.task = replace(self.task, lift=lift)
         lifted._timeout_s = self._timeout_s / 4

@@ -490,3 +490,24 @@ def test_errors_whose_fourth_power_is_beyond_all_floats_are_counted():
     assert counts[0] == pytest.approx(counts[1]) == pytest.approx(counts[2])
     assert 64 < counts[0] < 256
     assert error_count([(oracle, oracle)]) == 256
+
+
+@pytest.mark.parametrize(
+    ("pattern", "value", "outcome"),
+    [
+        ("filter", -math.inf, "PASS"),  # the smallest that was kept
+        ("filter", math.inf, "FAIL"),
+        ("larger", -math.inf, "FAIL"),  # others below it were kept
+        ("padding", -math.inf, "FAIL"),  # the same columns at every token
+    ],
+)
+def test_only_what_a_filter_may_leave_out_is_no_overflow(pattern, value, outcome):
+    oracle = values(4, 64).sort(-1).values
+    for row in range(4):
+        oracle[row, : 8 if pattern == "padding" else 8 + row] = -math.inf
+    found = evidence(oracle=oracle)
+    first = 8 if pattern == "padding" else 8 + 2
+    place = first + 5 if pattern == "larger" else first
+    deployed = found.deployed[0].outputs["A"].clone()
+    deployed[2, place] = value
+    assert drift(evidence(oracle=oracle, deployed=deployed)).outcome == outcome
