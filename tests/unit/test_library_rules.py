@@ -118,6 +118,12 @@ TRANSFORMERS = [
         tp=[1, 2, 3, 4, 5, 6, 8],
     ),
     restated(
+        "hf.fused_checkpoint",
+        "transformers",
+        lambda tp: {"model_type": "hrm_text"},
+        lambda tp: ("ok" if tp == 1 else "silent_wrong", None),
+    ),
+    restated(
         "hf.gathered_qkv",
         "transformers",
         lambda heads, tp: {

@@ -63,6 +63,17 @@ def _heads(facts: Facts, tp_size: int) -> Finding | None:
 _Q = "num_attention_heads"
 
 
+def _cut_before_taken_apart(facts: Facts, tp_size: int) -> Finding | None:
+    """Each rank cuts its rows of the fused tensor as if they were all: it has others' pieces."""
+    if tp_size == 1:
+        return None
+    reason = (
+        "gqkv_proj and gate_up_proj of the checkpoint are cut over the ranks before they are taken"
+        " apart: a rank's q_proj holds rows of other projections"
+    )
+    return Finding("silent_wrong", reason, fix="store the projections apart")
+
+
 def _expert_strides(facts: Facts, tp_size: int) -> Finding | None:
     width = facts.moe_intermediate_size
     assert width is not None
@@ -235,6 +246,13 @@ RULES = (
         _heads,
         area="qkv_proj",
         when=lambda facts: plan_of(facts) == "heads",
+    ),
+    Rule(
+        "hf.fused_checkpoint",
+        "transformers/conversion_mapping.py:427-444",
+        _cut_before_taken_apart,
+        area="qkv_proj",
+        when=lambda facts: facts.model_type == "hrm_text",
     ),
     Rule(
         "hf.moe_stride",
