@@ -1,7 +1,7 @@
 """Hypothesis profiles and the pytester fixture for every test.
 
 HYPOTHESIS_PROFILE=ci (the default where CI is set) is derandomized: a red build can be repeated by
-running it again.
+running it again. It draws half as many examples: they are the same ones in every build.
 """
 
 import os
@@ -20,5 +20,5 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 pytest_plugins = ["pytester"]
 
 settings.register_profile("dev", deadline=None)
-settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True, max_examples=50)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
