@@ -46,6 +46,8 @@ def first_divergence(
     exact = bool({"structural", "decode", "rank_agreement"} & failed) and bool(evidence.exact)
     if evidence.lifted is not None and structural(evidence.lifted).outcome == FAIL:
         task, evidence = replace(task, lift=evidence.lift), evidence.lifted  # all else is alike
+    if any(trace.extras["own_calls"] for trace in (*evidence.exact, *evidence.deployed)):
+        task = replace(task, own_calls=True)  # whose term is off is read off the sums
     if not exact and not (failed & {"drift", "rank_agreement"} or task.until):
         return None, ()
     try:

@@ -219,7 +219,10 @@ def _attribution(
             return None, "the ranks' outputs are partial sums: a reduction is missing"
     found = _sum_over_ranks(records)
     if found is None:
-        return None, ""
+        true = None
+        if isinstance(placement, Partial):  # the code around the module sums what it gives
+            true = _solve(_stacked(outputs), as_float64(want).flatten())
+        return _off_by(true, "") if true is not None else (None, _as_a_bias(got, want))
     operands, result = found
     empty = [rank for rank, zero in enumerate((operands == 0).all(0).tolist()) if zero]
     if len(empty) == 1:
@@ -231,15 +234,17 @@ def _attribution(
         return _name(weights, "the reduction counted rank {rank}'s partial {factor} times")
     if len(reference.partials) == 1:  # what is added after it, a bias, is no rank's term
         true_sum = as_float64(reference.partials[0][2]).flatten()
-    else:
+    else:  # TP=1 sums nothing; what is added after the sum is taken to be right
         true_sum = as_float64(want).flatten()
+        if got.numel() == result.numel():
+            true_sum = true_sum - (as_float64(got).flatten() - result)
     if true_sum.numel() != result.numel():
         return None, ""
     true = _solve(operands, true_sum)
     if true is not None:
-        return _name(1 / true, "rank {rank}'s partial is off by a factor of {factor}")
-    if _same_for_every_token(got, want):
-        return None, "off by one and the same vector at every token, as a bias counted wrongly is"
+        return _off_by(true, "")
+    if _as_a_bias(got, want):
+        return None, _as_a_bias(got, want)
     return _attribution_in_places(operands, true_sum, max(allowed, 1e-6))
 
 
@@ -248,13 +253,31 @@ def _attribution_in_places(
 ) -> tuple[int | None, str]:
     """A term may be off at one token, or in one channel, only: regress on these elements."""
     off = (operands.sum(1) - true_sum).abs() > allowed * rms(true_sum)
-    zeros = (operands[off] == 0).all(0).nonzero().flatten().tolist() if bool(off.any()) else []
-    if len(zeros) == 1:
+    ranks = range(operands.shape[1])
+    zeros = [rank for rank in ranks if bool(off.any()) and not bool(operands[off, rank].any())]
+    apart = bool((operands[~off] == 0).any())  # a zero is in its place, as in an embedding
+    if len(zeros) == 1 and not apart:
         return zeros[0], f"rank {zeros[0]}'s partial is zero where it differs"
-    true = _solve(operands[off], true_sum[off])
-    if true is None:
-        return None, "the partials sum to something else, but not by a factor on any rank"
-    return _name(1 / true, "where it differs, rank {rank}'s partial is off by a factor of {factor}")
+    given = [rank for rank in ranks if rank not in zeros]
+    true = _solve(operands[off][:, given], true_sum[off])
+    if true is not None:
+        factors = torch.ones(len(ranks), dtype=true.dtype)
+        factors[given] = true  # a zero may count as often as it likes
+        return _off_by(factors, "where it differs, ")
+    if apart and len(zeros) == len(ranks) - 1:
+        (rank,) = set(ranks) - set(zeros)
+        return rank, f"where it differs, only rank {rank}'s partial is not zero"
+    return None, "the partials sum to something else, but not by a factor on any rank"
+
+
+def _off_by(true: torch.Tensor, where: str) -> tuple[int | None, str]:
+    """Name whose term is off, given by what each has to be multiplied to be right."""
+    foreign = (true.abs() <= 1e-6).nonzero().flatten().tolist()
+    if not foreign:
+        return _name(1 / true, where + "rank {rank}'s partial is off by a factor of {factor}")
+    if len(foreign) > 1 or int(((true - 1).abs() > 1e-6).sum()) > 1:
+        return None, ""
+    return foreign[0], f"{where}rank {foreign[0]}'s partial is one too many"
 
 
 def _regression(
@@ -287,21 +310,31 @@ def _sum_over_ranks(records: Sequence[PointRecord]) -> tuple[torch.Tensor, torch
         result = torch.cat([record.partials[0][2] for record in records], dim)
     if result.shape != first.shape or any(term.shape != first.shape for term in terms):
         return None
-    return torch.stack([as_float64(x).flatten() for x in terms], 1), as_float64(result).flatten()
+    return _stacked(terms), as_float64(result).flatten()
 
 
-def _same_for_every_token(got: torch.Tensor, want: torch.Tensor) -> bool:
+def _stacked(terms: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([as_float64(x).flatten() for x in terms], 1)
+
+
+def _as_a_bias(got: torch.Tensor, want: torch.Tensor) -> str:
+    """Say so where the error is the same at every token: that takes no partials to see."""
     if got.shape != want.shape or want[..., 0].numel() < 2:
-        return False
+        return ""
     error = (widened(got) - widened(want)).flatten(0, -2)
-    return relative_rms(error, error[:1].expand_as(error)) < 1e-6
+    if relative_rms(error, error[:1].expand_as(error)) >= 1e-6:
+        return ""
+    return "off by one and the same vector at every token, as a bias counted wrongly is"
 
 
 def _solve(operands: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
     """Return the factors that explain `target` exactly as a sum of operands, or None."""
     if operands.shape[0] <= operands.shape[1] or not operands.isfinite().all():
         return None
-    weights = torch.linalg.lstsq(operands, target.unsqueeze(1)).solution.squeeze(1)
+    solved = torch.linalg.lstsq(operands, target.unsqueeze(1))
+    if int(solved.rank) < operands.shape[1]:
+        return None  # terms that are multiples of others: many factors would do
+    weights = solved.solution.squeeze(1)
     rest = operands @ weights - target
     return weights if rms(rest) <= 1e-6 * rms(target) else None
 

@@ -139,6 +139,30 @@ def test_a_fused_layer_is_blamed_for_its_own_faults_only(name):
         assert said in first.detail
 
 
+class OwnRow(Row):
+    """Sums with torch.distributed itself, in place, as engines do."""
+
+    def forward(self, x):
+        y = (x @ self.weight.T) * self.scale
+        torch.distributed.all_reduce(y, group=self.tp.process_group)
+        return y + self.bias
+
+
+@tpcheck.subject(vocab_size=VOCAB, seq_len=LONGEST)
+def own_sums(tp):
+    model = Model(tp)
+    model.layers[1].mlp.down_proj = OwnRow(tp, "layers.1.mlp.own", FFN)
+    model.layers[1].mlp.down_proj.scale = 1.5 if tp.size > 1 and tp.rank == 1 else 1.0
+    return model
+
+
+def test_the_rank_and_the_factor_are_named_where_an_engine_sums_by_itself():
+    (found,) = tpcheck.run(own_sums, (2,), backend="gloo").verdicts
+    first = found.first_divergence
+    assert (first.fqn, first.rank) == ("layers.1.mlp.down_proj", 1)
+    assert "rank 1's partial is off by a factor of 1.5" in first.detail
+
+
 class SequenceParallel(nn.Module):
     """Every rank holds a piece of the tokens between the layers; the last ones may be pads."""
 

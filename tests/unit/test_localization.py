@@ -324,6 +324,37 @@ def test_a_partial_that_lacks_a_channel_is_named():
     assert "rank 2's partial is zero where it differs" in first.detail
 
 
+def embedded(odd):
+    """Locate in a vocab-parallel embedding of two ranks where rank 1 gives `odd` of what it has."""
+    mine = torch.tensor([1.0, 0, 1, 0]).double()[:, None]
+    operands = [mine * WANT, odd((1 - mine) * WANT)]
+    result = sum(operands)
+    return found(WANT, [result] * 2, Replicate(), [[(SUM, x, result)] for x in operands])
+
+
+def test_a_rank_that_lacks_a_token_is_not_blamed_for_the_rank_that_has_it():
+    first = embedded(lambda term: changed(term, (1, slice(4)), 3.0))
+    assert first.rank == 1
+    assert "where it differs, only rank 1's partial is not zero" in first.detail
+
+
+def test_a_term_that_should_not_be_there_is_told_from_a_factor():
+    first = embedded(lambda term: changed(term, (0, slice(None))))
+    assert first.rank == 1
+    assert "where it differs, rank 1's partial is one too many" in first.detail
+
+
+def test_partials_that_are_summed_beside_the_module_are_held_against_tp1():
+    terms = [values(4, 8, seed=seed) for seed in (1, 2)]
+    first = found(sum(terms), [terms[0], terms[1] * 2])
+    assert (first.rank, "rank 1's partial is off by a factor of 2" in first.detail) == (1, True)
+
+
+def test_a_bias_on_every_rank_is_told_where_no_sum_was_seen():
+    bias = values(8, seed=5)
+    assert "the same vector at every token" in found(WANT, [WANT + bias] * 2).detail
+
+
 def test_a_partial_that_is_something_else_is_not_explained():
     operands = [TERMS[0], TERMS[1], values(4, 8, seed=7)]
     assert "but not by a factor on any rank" in reduced(operands, sum(operands)).detail

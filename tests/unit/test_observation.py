@@ -9,7 +9,13 @@ from tpcheck.errors import SubjectError
 from tpcheck.groups.base import Recorder
 from tpcheck.observation.consumption import Consumption, offer_weights
 from tpcheck.observation.dispatch import Choice, Watch, half_ulp_noise
-from tpcheck.observation.modules import ModuleTracer, replay_modules, traced_modules
+from tpcheck.observation.modules import (
+    ModuleTracer,
+    TracePoint,
+    fqn_hooks,
+    replay_modules,
+    traced_modules,
+)
 from tpcheck.placement import Replicate, Shard
 
 torch.set_num_threads(1)
@@ -248,6 +254,25 @@ def test_a_slice_that_is_kept_counts_as_its_tensor():
     assert consumed(lambda g: {n: t[:1] for n, t in g.named_weights()}) == {"a": 1, "b": 1, "c": 1}
 
 
+def _as_safetensors(weights, path):
+    from safetensors.torch import save_file
+
+    save_file(dict(weights), path)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        _as_safetensors,
+        lambda weights, path: torch.save(dict(weights), path),
+        lambda weights, path: [tensor.tolist() for _, tensor in weights],
+    ],
+)
+def test_weights_that_went_to_a_file_are_consumed(tmp_path, write):
+    counts = consumed(lambda g: write(g.named_weights(), tmp_path / "model"))
+    assert counts == {"a": 1, "b": 1, "c": 1}
+
+
 def test_loading_twice_counts_twice():
     counts = consumed(lambda g: [dict(g.named_weights()), dict(g.named_weights())])
     assert counts == {"a": 2, "b": 2, "c": 2}
@@ -433,3 +458,18 @@ def test_a_replay_runs_a_module_on_the_references_own_input():
         assert set(replayed) == {"up"}
         assert torch.equal(replayed["up"].output, declared[0](reference))
     assert tracer.records["up"].input.count_nonzero() == 0
+
+
+def test_a_module_whose_own_hook_raises_is_not_left_before_it_is_entered():
+    def refuse(_module, _args):
+        raise ValueError("too long")
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_pre_hook(refuse)
+    group = single_group()
+    with (
+        pytest.raises(ValueError, match="too long"),  # and no warning that a hook of ours raised
+        ModuleTracer(traced_modules(model) | {"whole": TracePoint(model)}, group),
+        fqn_hooks(model, group),
+    ):
+        model(torch.ones(1, 4))

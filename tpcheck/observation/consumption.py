@@ -1,9 +1,10 @@
 """Which of the offered named weights a subject's loader really used.
 
 Requirement: a loader that skips a name, or loads one twice, at TP=N but not at TP=1 is a bug that
-may cost a whole tensor. A name counts as consumed when an op reads the tensor that was yielded, or
-when the subject keeps it. What TP=1 itself skips (an inv_freq buffer, a tied head) may well be
-right, so counts are compared between degrees, and what is odd at TP=1 is a remark.
+may cost a whole tensor. A name counts as consumed when an op reads the tensor that was yielded,
+when its memory is handed on, as to a file that an engine loads, or when the subject keeps it. What
+TP=1 itself skips (an inv_freq buffer, a tied head) may well be right, so counts are compared
+between degrees, and what is odd at TP=1 is a remark.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tpcheck.errors import SubjectError
 from tpcheck.groups.weights import NamedLoader, WeightSource, keyed_generator
 from tpcheck.observation.dispatch import half_ulp_noise
 from tpcheck.observation.dispatch_mode import PlainMode
+
+_HANDED_ON = frozenset({"data_ptr", "numpy", "tolist", "untyped_storage", "_typed_storage"})
+"""Methods that give values to what no dispatch mode sees, as torch.save and safetensors."""
 
 
 class Consumption:
@@ -46,7 +51,7 @@ class Consumption:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """While open (during build), note which of the yielded tensors any op reads."""
-        with _Reads(self):
+        with _HandsOn(self), _Reads(self):
             yield
         self._settle(keep=0)
 
@@ -61,13 +66,13 @@ class Consumption:
             return
         for arg in args:
             if isinstance(arg, torch.Tensor) and type(arg) is torch.Tensor:
-                self._read.add(arg.untyped_storage()._cdata)
+                self._read.add(_memory(arg))
             elif isinstance(arg, (list, tuple)):
                 self.note_reads(arg)
 
     def _remember(self, name: str, tensor: torch.Tensor) -> None:
         self._settle(keep=1)
-        self._read.discard(tensor.untyped_storage()._cdata)
+        self._read.discard(_memory(tensor))
         self._pending.append((name, tensor))
 
     def _settle(self, keep: int) -> None:
@@ -75,8 +80,30 @@ class Consumption:
             name, tensor = self._pending.pop(0)
             # Two references are ours (this name, getrefcount's argument): more is the subject.
             kept = sys.getrefcount(tensor) > 2
-            used = kept or tensor.untyped_storage()._cdata in self._read
+            used = kept or _memory(tensor) in self._read
             self._counts[name] = self._counts.get(name, 0) + int(used)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunction():  # that we ask is no reading of the subject's
+        return int(tensor.untyped_storage()._cdata)
+
+
+class _HandsOn(TorchFunctionMode):
+    def __init__(self, consumption: Consumption) -> None:
+        super().__init__()
+        self._consumption = consumption
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if getattr(func, "__name__", "") in _HANDED_ON:
+            self._consumption.note_reads(args[:1])
+        return func(*args, **(kwargs or {}))
 
 
 class _Reads(PlainMode):

@@ -118,8 +118,9 @@ def fqn_hooks(forward: Any, group: RecordedGroup) -> Iterator[None]:
             stack.append(fqn)
             recorder.fqn = fqn
 
-        def leave(_module: Any, _args: Any, _output: Any) -> None:
-            stack.pop()
+        def leave(_module: Any, _args: Any, _output: Any, fqn: str = fqn) -> None:
+            if stack and stack[-1] == fqn:  # else a hook before ours raised: it was never entered
+                stack.pop()
             recorder.fqn = stack[-1] if stack else ""
 
         handles.append(point.module.register_forward_pre_hook(enter))
@@ -191,6 +192,8 @@ class ModuleTracer:
 
     def _leave(self, fqn: str) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
+            if not self._open or self._open[-1][0] != fqn:
+                return  # a hook before ours raised: it was never entered
             _, record = self._open.pop()
             self._group.recorder.fqn = self._open[-1][0] if self._open else ""
             record.output = _plain(_first(output))
