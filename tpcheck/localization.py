@@ -21,11 +21,23 @@ from tpcheck.comparison import as_float64, compare, describe_region, mask_differ
 from tpcheck.numerics.regression import most_scaled_rank
 from tpcheck.observation.modules import PointRecord
 from tpcheck.placement import Partial, Placement, Replicate, Slices
-from tpcheck.reconciliation import displaced, infer, reconciled, relative_rms, rms, widened
+from tpcheck.reconciliation import (
+    displaced,
+    infer,
+    reconciled,
+    relative_rms,
+    rms,
+    unpadded,
+    widened,
+    without_pads,
+)
 from tpcheck.records import FirstDivergence
 from tpcheck.trace import Trace
 
 Points = Mapping[str, PointRecord]
+
+_DEPENDENT = 1e-9
+"""Where terms differ by no more, six digits of a factor are float64's own rounding over it."""
 
 
 def locate(
@@ -98,8 +110,8 @@ def _judge_point(
     want = reference.output
     assert want is not None
     replayed = all(fqn in trace.extras.get("replayed", {}) for trace in traces)
-    held: list[Any] = [t.extras["replayed"] if replayed else _points(t) for t in traces]
-    records = [points[fqn] for points in held]
+    points: list[Any] = [t.extras["replayed"] if replayed else _points(t) for t in traces]
+    records = [own[fqn] for own in points]
     outputs = [record.output for record in records]
     if any(output is None for output in outputs):
         return _judge_holders(fqn, reference, traces, allowed)
@@ -107,7 +119,8 @@ def _judge_point(
     placements = declared if declared[0] is not None else infer(outputs, want, allowed)
     if placements is None:
         return None
-    rank, got = reconciled(outputs, placements, want, allowed)
+    held, placements = without_pads(outputs, placements, want)
+    rank, got = reconciled(held, placements, want, allowed)
     if got is None or relative_rms(got, want) <= allowed:
         return None
     if got.shape != want.shape:
@@ -120,11 +133,13 @@ def _judge_point(
         notes.append(_reading(placements))
     blamed, text = (None, "") if replayed else _blame_for_input(records, reference, allowed)
     if not text and exact:  # rounding makes few tokens of a channel look like another's
-        text = displaced(outputs, placements, want, allowed)
+        text = displaced(held, placements, want, allowed)
     if not text:
         attribute = _attribution if exact else _regression
         blamed, text = attribute(records, reference, placements[0], got, allowed)
     notes += [text] if text else []
+    if reference.exchanged or _is_dealt_out(records, reference, allowed):
+        rank = None  # who holds what is off is not who gave it
     return FirstDivergence(
         fqn=fqn,
         rank=blamed if blamed is not None else rank,
@@ -192,7 +207,8 @@ def _blame_for_input(
     placements = infer(inputs, want, allowed)
     if placements is None:
         return None, ""
-    rank, got = reconciled(inputs, placements, want, allowed)
+    held, placements = without_pads(inputs, placements, want)
+    rank, got = reconciled(held, placements, want, allowed)
     if got is None:
         return None, ""
     if relative_rms(got, want) <= allowed:
@@ -216,8 +232,12 @@ def _attribution(
     if isinstance(placement, Replicate) and all(out.shape == want.shape for out in outputs):
         total = torch.stack([widened(out) for out in outputs]).sum(0)
         if relative_rms(total, want) <= allowed:
+            if all(torch.equal(out, outputs[0]) for out in outputs):
+                return None, f"every rank gives 1/{len(outputs)} of TP=1's: an average, not a sum"
             return None, "the ranks' outputs are partial sums: a reduction is missing"
-    found = _sum_over_ranks(records)
+    # what is added after a sum, a bias, is no rank's term
+    like = reference.partials[0][2] if len(reference.partials) == 1 else want
+    found = _sum_over_ranks(records, like)
     if found is None:
         true = None
         if isinstance(placement, Partial):  # the code around the module sums what it gives
@@ -232,14 +252,11 @@ def _attribution(
         if weights is None:
             return None, "the reduction did not return the sum of the partials"
         return _name(weights, "the reduction counted rank {rank}'s partial {factor} times")
-    if len(reference.partials) == 1:  # what is added after it, a bias, is no rank's term
-        true_sum = as_float64(reference.partials[0][2]).flatten()
-    else:  # TP=1 sums nothing; what is added after the sum is taken to be right
-        true_sum = as_float64(want).flatten()
-        if got.numel() == result.numel():
-            true_sum = true_sum - (as_float64(got).flatten() - result)
+    true_sum = as_float64(like).flatten()
     if true_sum.numel() != result.numel():
         return None, ""
+    if like is want and got.numel() == result.numel():  # TP=1 sums nothing: what is added is right
+        true_sum = true_sum - (as_float64(got).flatten() - result)
     true = _solve(operands, true_sum)
     if true is not None:
         return _off_by(true, "")
@@ -288,8 +305,9 @@ def _regression(
     allowed: float,
 ) -> tuple[int | None, str]:
     """Regress the error onto the partials in the deployed dtype, where rounding is the noise."""
-    want, summed = reference.output, _sum_over_ranks(records)
+    want = reference.output
     assert want is not None
+    summed = _sum_over_ranks(records, want)
     if summed is None or summed[1].numel() != got.numel():
         return None, ""
     found = most_scaled_rank(summed[0].T, (as_float64(got) - as_float64(want)).flatten())
@@ -299,8 +317,14 @@ def _regression(
     return found.rank, text
 
 
-def _sum_over_ranks(records: Sequence[PointRecord]) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Return the ranks' terms [elements, ranks] of a module's only sum, and what it gave, whole."""
+def _sum_over_ranks(
+    records: Sequence[PointRecord], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the ranks' terms [elements, ranks] of a module's only sum, and what it gave, whole.
+
+    Args:
+        like: what TP=1 gives there; pads of what is longer are left out.
+    """
     if any(len(record.partials) != 1 for record in records):
         return None
     call, first, result = records[0].partials[0]
@@ -310,7 +334,17 @@ def _sum_over_ranks(records: Sequence[PointRecord]) -> tuple[torch.Tensor, torch
         result = torch.cat([record.partials[0][2] for record in records], dim)
     if result.shape != first.shape or any(term.shape != first.shape for term in terms):
         return None
-    return _stacked(terms), as_float64(result).flatten()
+    terms = [unpadded(term, like, len(records)) for term in terms]
+    return _stacked(terms), as_float64(unpadded(result, like, len(records))).flatten()
+
+
+def _is_dealt_out(records: Sequence[PointRecord], reference: PointRecord, allowed: float) -> bool:
+    """Whether what is off is a sum over ranks of which each holds a piece."""
+    if len(reference.partials) != 1 or reference.partials[0][0].op != "reduce_scatter":
+        return False
+    like = reference.partials[0][2]
+    found = _sum_over_ranks(records, like)
+    return found is not None and relative_rms(found[1], as_float64(like).flatten()) > allowed
 
 
 def _stacked(terms: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -328,13 +362,17 @@ def _as_a_bias(got: torch.Tensor, want: torch.Tensor) -> str:
 
 
 def _solve(operands: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
-    """Return the factors that explain `target` exactly as a sum of operands, or None."""
+    """Return the factors that explain `target` exactly as a sum of operands, or None.
+
+    Ranks whose terms are multiples of each other, as 1/N of a whole on each, share theirs: any
+    split of it explains the sum as well, so none names a rank.
+    """
     if operands.shape[0] <= operands.shape[1] or not operands.isfinite().all():
         return None
-    solved = torch.linalg.lstsq(operands, target.unsqueeze(1))
-    if int(solved.rank) < operands.shape[1]:
-        return None  # terms that are multiples of others: many factors would do
-    weights = solved.solution.squeeze(1)
+    spread = torch.linalg.svdvals(operands)
+    if float(spread[-1]) <= _DEPENDENT * float(spread[0]):
+        return None
+    weights = torch.linalg.lstsq(operands, target.unsqueeze(1)).solution.squeeze(1)
     rest = operands @ weights - target
     return weights if rms(rest) <= 1e-6 * rms(target) else None
 

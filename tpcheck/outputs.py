@@ -29,9 +29,14 @@ def whole(output: Any) -> Any:
 
 def beside(output: Any) -> int:
     """Count the floating tensors that a forward returns beside the one that is compared."""
-    if not isinstance(output, (tuple, list)):
+    if isinstance(output, torch.Tensor):
         return 0
-    return sum(isinstance(one, torch.Tensor) and one.is_floating_point() for one in output[1:])
+    named = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    others = [value for name, value in named.items() if name != "logits"]
+    if not named and isinstance(output, (tuple, list)):
+        first = getattr(output, "logits", output[0] if output else None)
+        others = [one for one in output if one is not first]
+    return sum(isinstance(one, torch.Tensor) and one.is_floating_point() for one in others)
 
 
 def decoded(forward: Any, ids: torch.Tensor, *_: torch.Tensor) -> torch.Tensor | None:

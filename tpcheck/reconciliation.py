@@ -6,7 +6,7 @@ subject fails.
 [Undeclared Placements] A tensor without a declared placement is read as Replicate when all ranks
 hold the same bits or the reference's values, else as Shard(dim) when the sizes add up, else as
 Partial("sum"). Two dims that fit equally well are a tie, and nothing is read. An even cut whose
-last pieces are pads counts as one whose sizes add up.
+last pieces are pads counts as one whose sizes add up, and what such pieces gather as TP=1's shape.
 
 [Fused Layers] A layer that fuses several, [q | k | v], is cut part by part: rank r gives q_r, k_r,
 v_r, and what the ranks give, end to end, is no Shard of what TP=1 gives. Where each rank's channels
@@ -46,6 +46,8 @@ def infer(
         allowed: relative rms up to which two tensors count as the same.
     """
     size = len(outputs)
+    if all(unpadded(output, want, size).shape == want.shape for output in outputs):
+        outputs = [unpadded(output, want, size) for output in outputs]
     if all(output.shape == want.shape for output in outputs):
         right = [relative_rms(output, want) <= allowed for output in outputs]
         same = all(right) or all(torch.equal(output, outputs[0]) for output in outputs)
@@ -87,6 +89,35 @@ def _padded(
     edges = [min(rank * share, total) for rank in range(len(outputs) + 1)]
     spans = itertools.pairwise(edges)
     return [Slices(_pieces([span], dim, want.ndim)) for span in spans]
+
+
+def without_pads(
+    outputs: Sequence[torch.Tensor], placements: Sequence[Placement], want: torch.Tensor
+) -> tuple[Sequence[torch.Tensor], Sequence[Placement]]:
+    """Return what ranks hold and where it belongs, without the pads that make a cut even.
+
+    What a sequence-parallel model gathers, or adds up and deals out, has pads after its last token.
+    """
+    kind = placements[0]
+    if isinstance(kind, (Replicate, Partial)):
+        return [unpadded(output, want, len(outputs)) for output in outputs], placements
+    if isinstance(kind, Shard) and all(output.ndim == want.ndim for output in outputs):
+        dim = kind.dim % want.ndim
+        if sum(output.shape[dim] for output in outputs) != want.shape[dim]:
+            return outputs, _padded(outputs, want, dim) or placements
+    return outputs, placements
+
+
+def unpadded(x: torch.Tensor, like: torch.Tensor, size: int) -> torch.Tensor:
+    """Return x without the pads that one dim has at its end for its cut in `size` to be even."""
+    if x.ndim != like.ndim:
+        return x
+    longer = [dim for dim in range(x.ndim) if x.shape[dim] != like.shape[dim]]
+    if len(longer) != 1:
+        return x
+    total = like.shape[longer[0]]
+    even = -(-total // size) * size
+    return x.narrow(longer[0], 0, total) if x.shape[longer[0]] == even else x
 
 
 def _sum(outputs: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -224,6 +224,6 @@ def repro_options(
 
 
 def positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise TPCheckError(f"{name}={value}, but should be more than 0 seconds")
+    if not isinstance(value, (int, float)) or not value > 0:
+        raise TPCheckError(f"{name}={value!r}, but should be more than 0 seconds")
     return value

@@ -328,8 +328,9 @@ class Case:
                 what cannot be run.
             PlanError: the fields after the + make no spec.
         """
-        match = re.fullmatch(r"s(\d+)-b(\d+)-t(\d+)(?:\+(\{.*\}))?", case_id, re.DOTALL)
-        if match is None:
+        pattern = r"s(\d+)-b(\d+)-t(\d+)(?:\+(\{.*\}))?"
+        match = isinstance(case_id, str) and re.fullmatch(pattern, case_id, re.DOTALL)
+        if not match:
             raise TPCheckError(
                 f"case={brief(case_id)}, but should look like s7-b2-t16 (seed, batch, length)"
             )

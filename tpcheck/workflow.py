@@ -205,7 +205,9 @@ def _notes(plan: RunPlan, seen: Seen) -> tuple[str, ...]:
     digest = (f"the model has no digest, which a receipt needs: {unknown}",) if unknown else ()
     more = seen.facts.get("not_compared")
     first = (
-        (f"forward returns {more + 1} tensors, of which the first was compared",) if more else ()
+        (f"forward returns {more + 1} tensors, of which the logits, or the first, were compared",)
+        if more
+        else ()
     )
     return (*degrees, *searched, *digest, *first, *([str(said)] if said else []))
 

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from tpcheck.errors import BackendError
-from tpcheck.groups.torchrun import TorchrunInfo, torchrun_world
+from tpcheck.groups.opening import serves_torchrun
+from tpcheck.groups.torchrun import (
+    TorchrunInfo,
+    serve_forever,
+    torchrun_pool,
+    torchrun_world,
+)
 
 HERE = Path(__file__).parent
 
@@ -63,3 +69,20 @@ def test_torchruns_variables_are_read_and_checked(monkeypatch):
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(BackendError, match=r"RANK=first.*should be whole numbers"):
         torchrun_world()
+
+
+def test_half_of_torchruns_variables_are_no_world_of_it(monkeypatch):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    info = TorchrunInfo(0, 2, 0, 2, "127.0.0.1")
+    with pytest.raises(BackendError, match=r"RANK=0 and WORLD_SIZE=2 are set, but MASTER_ADDR is"):
+        torchrun_pool(info)
+    with pytest.raises(BackendError, match=r"start tpcheck by torchrun, or unset RANK"):
+        serve_forever(info)
+
+
+@pytest.mark.parametrize(("rank", "leaves"), [("0", False), ("1", True)])
+def test_rank_0_alone_simulates(monkeypatch, rank, leaves):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert serves_torchrun("sim", None) is leaves

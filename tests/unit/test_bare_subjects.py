@@ -115,3 +115,62 @@ def test_a_gather_in_the_wrong_order_is_named(tp_size):
     found = verdict_of(build, tp_size)
     assert found.outcome == "WRONG"
     assert found.first_divergence.fqn.startswith("all_gather at test_bare_subjects.py:")
+
+
+def padded_stack(tp, layer):
+    """Return a sequence-parallel stack; the last rank's term of one layer is off."""
+    embed = tp.weight("embed", VOCAB, HIDDEN)
+    layers = [
+        (
+            tp.weight(f"{i}.up", FFN, HIDDEN).chunk(tp.size)[tp.rank],
+            tp.weight(f"{i}.down", HIDDEN, FFN).chunk(tp.size, 1)[tp.rank],
+        )
+        for i in range(LAYERS)
+    ]
+
+    def forward(input_ids):
+        tokens = input_ids.shape[1]
+        own = -(-tokens // tp.size)
+        x = torch.nn.functional.pad(embed[input_ids], (0, 0, 0, own * tp.size - tokens))
+        x = x[:, tp.rank * own : (tp.rank + 1) * own]
+        for i, (up, down) in enumerate(layers):
+            term = torch.relu(tp.all_gather(x, 1) @ up.T) @ down.T
+            off = (i, tp.rank, tp.size > 1) == (layer, tp.size - 1, True)
+            x = x + tp.reduce_scatter(term * (1 + 2**-7 if off else 1), 1)
+        return tp.all_gather(x, 1)[:, :tokens]
+
+    return forward
+
+
+@pytest.mark.parametrize(("layer", "suffix"), [(0, ""), (1, "#2"), (2, "#3")])
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_pads_of_sequence_parallel_tokens_hide_no_place(layer, suffix, tp_size):
+    found = verdict_of(lambda tp: padded_stack(tp, layer), tp_size)  # 9 tokens divide by neither
+    first = found.first_divergence
+    assert first.fqn.startswith("reduce_scatter at test_bare_subjects.py:")
+    assert first.fqn.partition("#")[2] == suffix.removeprefix("#")
+    assert first.rank == tp_size - 1
+    assert f"rank {tp_size - 1}'s partial is off by a factor of 1.00781" in first.detail
+    assert "shape=" not in first.detail
+
+
+def test_who_receives_what_is_off_is_not_blamed_for_it():
+    def build(tp):
+        embed = tp.weight("embed", VOCAB, HIDDEN)
+
+        def forward(input_ids):
+            own = -(-input_ids.shape[1] // tp.size)
+            pads = own * tp.size - input_ids.shape[1]
+            x = torch.nn.functional.pad(embed[input_ids], (0, 0, 0, pads))
+            x = x[:, tp.rank * own : (tp.rank + 1) * own]
+            heads = tp.all_to_all(x.unflatten(-1, (4, -1)), 2, 1).cumsum(1)
+            if tp.size > 1 and tp.rank == 0:  # of the last token, which the last rank gets back
+                heads[:, input_ids.shape[1] - 1] *= 1.5
+            y = tp.all_to_all(heads, 1, 2).flatten(2)
+            return tp.all_gather(y, 1)[:, : input_ids.shape[1]]
+
+        return forward
+
+    first = verdict_of(build, 4, seq_len=8).first_divergence
+    assert first.fqn.startswith("all_to_all at test_bare_subjects.py:")
+    assert (first.rank, first.index) == (None, "[0:2, 7, 0, 0:8]")

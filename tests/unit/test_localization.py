@@ -197,6 +197,19 @@ def test_the_rank_whose_tokens_are_off_is_named_beside_pads():
     assert "read as padded shards" in first.detail
 
 
+def test_pads_of_a_declared_placement_are_no_divergence():
+    whole, pieces = tokens(7, 3)
+    gathered = torch.cat(pieces, 1)
+    assert found(whole, pieces, Shard(1)) is None
+    assert found(whole, [gathered] * 3, Replicate()) is None
+    pieces[1] = changed(pieces[1], (0, 2, 1))
+    assert (found(whole, pieces, Shard(1)).rank, found(whole, pieces, Shard(1)).index) == (
+        1,
+        "[0, 5, 1]",
+    )
+    assert found(whole, [torch.cat(pieces, 1)] * 3, Replicate()).index == "[0, 5, 1]"
+
+
 @pytest.mark.parametrize(
     ("inputs", "rank", "said"),
     [
@@ -355,6 +368,30 @@ def test_a_bias_on_every_rank_is_told_where_no_sum_was_seen():
     assert "the same vector at every token" in found(WANT, [WANT + bias] * 2).detail
 
 
+def test_who_holds_a_sum_that_is_dealt_out_is_not_blamed_for_a_term():
+    scatter = Collective(0, "reduce_scatter", (6, 9), "float64", "dim=0")
+    terms = [values(6, 9, seed=seed) for seed in (1, 2, 3)]
+    operands = [terms[0], changed(terms[1], (5, slice(None)), values(9, seed=7)), terms[2]]
+    pieces = sum(operands).chunk(3, 0)
+    held = [
+        record(piece, out_placement=Shard(0), partials=[(scatter, x, piece)])
+        for x, piece in zip(operands, pieces, strict=True)
+    ]
+    want = sum(terms)
+    reference = record(want, partials=[(scatter, want, want)])
+    (at_1,) = traced({"m": reference})
+    first = locate(at_1, traced(*({"m": one} for one in held)), limit=1e-12)
+    assert (first.rank, first.index) == (None, "[5, 0:9]")
+
+
+@pytest.mark.parametrize("odd", [0, 1, 2])
+def test_terms_that_are_multiples_of_each_other_name_no_rank(odd):
+    operands = [TOTAL / 3 * (1 + 2**-7 * (rank == odd)) for rank in range(3)]
+    first = reduced(operands, sum(operands))
+    assert first.rank is None
+    assert "off by a factor of" not in first.detail
+
+
 def test_a_partial_that_is_something_else_is_not_explained():
     operands = [TERMS[0], TERMS[1], values(4, 8, seed=7)]
     assert "but not by a factor on any rank" in reduced(operands, sum(operands)).detail
@@ -381,6 +418,12 @@ def test_a_reduction_that_is_no_sum_is_named():
 def test_a_missing_reduction_is_named():
     first = found(TOTAL, TERMS, Replicate())
     assert "the ranks' outputs are partial sums: a reduction is missing" in first.detail
+
+
+def test_an_average_in_place_of_a_sum_is_no_missing_reduction():
+    first = reduced(TERMS, TOTAL / 3)
+    assert "every rank gives 1/3 of TP=1's: an average, not a sum" in first.detail
+    assert "missing" not in first.detail
 
 
 def test_a_bias_on_every_rank_is_told_from_a_factor():

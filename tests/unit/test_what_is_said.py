@@ -1,5 +1,7 @@
 """What a run says although nothing failed, or nothing ran: remarks, skips and ways out."""
 
+import os
+
 import pytest
 import torch
 
@@ -122,5 +124,53 @@ def test_tensors_beside_the_first_are_said_not_to_be_compared():
         return lambda input_ids: (embed[input_ids], embed[input_ids] * tp.size, None)
 
     report = tpcheck.run(build, (2,), backend="sim")
-    assert "forward returns 2 tensors, of which the first was compared" in report.notes
+    assert (
+        "forward returns 2 tensors, of which the logits, or the first, were compared"
+        in report.notes
+    )
     assert report.environment["subject"]["not_compared"] == 1
+
+
+class Output:
+    def __init__(self, logits, aux):
+        self.logits, self.aux = logits, aux
+
+
+@pytest.mark.parametrize("made", [Output, lambda logits, aux: {"aux": aux, "logits": logits}])
+def test_tensors_beside_named_logits_are_said_not_to_be_compared(made):
+    @tpcheck.subject(vocab_size=8, seq_len=4)
+    def build(tp):
+        embed = tp.weight("embed", 8, 8)
+        return lambda input_ids: made(embed[input_ids], embed[input_ids] * tp.size)
+
+    report = tpcheck.run(build, (2,), backend="sim")
+    assert "forward returns 2 tensors, of which the logits, or the first, were compared" in (
+        report.notes
+    )
+
+
+@pytest.mark.parametrize("given", [{"atol": "a"}, {"rtol": "1"}, {"case": 3}, {"timeout_s": "3"}])
+def test_an_option_of_another_type_is_refused_by_name(given):
+    [(name, value)] = given.items()
+    with pytest.raises(tpcheck.TPCheckError, match=f"{name.removesuffix('_s')}={value!r}, but"):
+        tpcheck.run("builtin:llama-tiny", (2,), backend="sim", **given)
+
+
+def test_a_simulated_rank_that_leaves_the_process_fails_alone():
+    leave = os._exit
+
+    @tpcheck.subject(vocab_size=8, seq_len=4)
+    def build(tp):
+        embed = tp.weight("embed", 8, 8)
+
+        def forward(input_ids):
+            if tp.rank == 1:
+                os._exit(0)
+            return tp.all_reduce(embed[input_ids] / tp.size)
+
+        return forward
+
+    found = verdict_of(build, confirm=False)
+    assert found.outcome == "ERROR"
+    assert "rank 1 raised SystemExit: 0" in found.reasons[0]
+    assert os._exit is leave

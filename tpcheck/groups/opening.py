@@ -59,8 +59,10 @@ def serves_torchrun(backend: str, ranks_per_gpu: int | None) -> bool:
         Whether this process served, so that the caller has nothing left to do.
     """
     world = torchrun_world()
-    if world is None or world.rank == 0 or backend == "sim":
+    if world is None or world.rank == 0:
         return False
+    if backend == "sim":  # rank 0 holds every simulated rank
+        return True
     serve_forever(world, chosen_backend(backend, world.local_world_size, ranks_per_gpu))
     return True
 

@@ -36,7 +36,7 @@ from tpcheck.groups.simulated_failures import (
     raised_failure,
     schedule_failure,
 )
-from tpcheck.groups.surroundings import one_thread, restored_environment
+from tpcheck.groups.surroundings import exit_raises, one_thread, restored_environment
 from tpcheck.groups.thread_state import Neutral, ThreadState, neutral
 from tpcheck.groups.weights import MemoryStore, WeightSource, WeightStore
 from tpcheck.numerics.probed_reduction import ProbedReduction
@@ -82,7 +82,7 @@ class SimulatedRanks:
                 raise BackendError(
                     f"backend sim: size={job.size}, but should be from 1 to {self.max_size}"
                 )
-        with one_thread():
+        with one_thread(), exit_raises():
             return [_Session(job, self.store, self.reduction).run() for job in jobs]
 
     def close(self) -> None:

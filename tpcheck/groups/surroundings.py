@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -95,6 +95,26 @@ def one_thread() -> Iterator[None]:
     finally:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def exit_raises() -> Iterator[None]:
+    """Let os._exit raise SystemExit here: a rank that leaves is a failure, not tpcheck's own end.
+
+    Children that a subject forks leave as ever.
+    """
+    leave, owner = os._exit, os.getpid()
+
+    def raising(status: int) -> NoReturn:
+        if os.getpid() != owner:
+            leave(status)
+        raise SystemExit(status)
+
+    os._exit = raising
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 def _text(raw: Any) -> Any:

@@ -85,6 +85,7 @@ def torchrun_pool(
     info: TorchrunInfo, backend: str = "gloo", ranks_per_gpu: int | None = None
 ) -> RankPool:
     """Return the pool over torchrun's world. For rank 0; the others call `serve_forever`."""
+    _require_rendezvous(info)
     own = _host_fleet(info, backend, ranks_per_gpu)
     fleet = TorchrunFleet(info, own)
     return RankPool(info.world_size, backend, ranks_per_gpu, fleet=fleet)
@@ -94,6 +95,7 @@ def serve_forever(
     info: TorchrunInfo, backend: str = "gloo", ranks_per_gpu: int | None = None
 ) -> None:
     """Host one rank until rank 0 is done or gone."""
+    _require_rendezvous(info)
     fleet = _host_fleet(info, backend, ranks_per_gpu)
     store = _env_store(info)
     host, port, secret = json.loads(store.get(_KEY))
@@ -334,6 +336,16 @@ def _host_fleet(info: TorchrunInfo, backend: str, ranks_per_gpu: int | None) -> 
         device = layout[info.local_rank]
     environment = rank_environment(local=info.local_world_size == info.world_size)
     return LocalFleet(1, lambda rank: launch_settings(rank, device, label), PRELOAD, environment)
+
+
+def _require_rendezvous(info: TorchrunInfo) -> None:
+    """Raise BackendError where RANK and WORLD_SIZE are set, as schedulers do too, but no more."""
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if lacking:
+        raise BackendError(
+            f"torchrun: RANK={info.rank} and WORLD_SIZE={info.world_size} are set, but"
+            f" {lacking[0]} is not; start tpcheck by torchrun, or unset RANK and WORLD_SIZE"
+        )
 
 
 def _env_store(info: TorchrunInfo) -> Any:

@@ -36,8 +36,8 @@ class Tolerance:
 
     def __post_init__(self) -> None:
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if not (math.isfinite(value) and value >= 0):
-                raise TPCheckError(f"{name}={value}, but should be a finite number >= 0")
+            if not isinstance(value, (int, float)) or not (math.isfinite(value) and value >= 0):
+                raise TPCheckError(f"{name}={value!r}, but should be a finite number >= 0")
         if not self.source:
             raise TPCheckError("a tolerance needs a source")
 

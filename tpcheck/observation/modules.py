@@ -39,6 +39,7 @@ class PointRecord:
 
     finished: position in the order in which calls returned; an inner module returns before the
     one around it. partials: (call, operand, result) of the module's own sums over ranks.
+    exchanged: it is an all-to-all, and what a rank holds came from all of them.
     """
 
     input: torch.Tensor | None
@@ -47,6 +48,7 @@ class PointRecord:
     out_placement: Placement | None = None
     finished: int = -1
     partials: list[tuple[Collective, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    exchanged: bool = False
 
 
 def traced_modules(forward: Any) -> dict[str, TracePoint]:
@@ -227,6 +229,7 @@ class ModuleTracer:
             out_placement=places.get(call.op),
             finished=len(self.calls),
             partials=[(call, x, result)] if sums else [],
+            exchanged=call.op == "all_to_all",
         )
 
 
