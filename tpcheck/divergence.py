@@ -26,6 +26,10 @@ _NOT_IN_A_MODULE = (
     "localization: no traced module gives anything else than at TP=1, as far as that can be told:"
     " look at what forward does beside its modules"
 )
+_NOTHING_TO_TRACE = (
+    "localization: TP=1 has neither modules nor collectives of tp to hold TP=N's against: return an"
+    " nn.Module, or declare forward.trace_points"
+)
 Run = Callable[[Task, int], Sequence[Trace]]
 """Runs a task on so many ranks."""
 
@@ -99,8 +103,10 @@ def _of_calls(reference: Trace, traces: Sequence[Trace], *, found: bool) -> tupl
     lacking = [name for name in calls if any(name not in t.extras["calls"] for t in traces)]
     if lacking:
         return (f"localization: TP=1 calls {lacking[0]}, TP={len(traces)} does not",)
-    if found or not calls:
+    if found:
         return ()
+    if not calls:
+        return (_NOTHING_TO_TRACE,)
     return (
         "localization: every collective gives what it does at TP=1: look at what comes after the"
         f" last, {calls[-1]}",

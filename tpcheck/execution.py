@@ -37,7 +37,7 @@ from tpcheck.observation.planting import Plant, Planter
 from tpcheck.observation.program import Program
 from tpcheck.observation.recording import Recording
 from tpcheck.observation.whereabouts import building, running
-from tpcheck.outputs import beside, checked_shards, decoded, whole
+from tpcheck.outputs import beside, checked_shards, decoded, plain_copy, whole
 from tpcheck.spec import ModelSpec
 from tpcheck.subjects import Subject, SubjectRef, resolve, with_spec
 from tpcheck.trace import Trace
@@ -376,10 +376,7 @@ class _Runner:
                 f" {self._group.rank}, but should return a tensor"
                 + ("" if self._group.rank == 0 else ' (or declare logits="rank0")')
             )
-        tensor: torch.Tensor = output.detach().to("cpu")
-        if tensor.is_floating_point() and tensor.itemsize == 1:
-            return tensor.float()  # the same values; torch can neither subtract nor test these
-        return tensor.clone(memory_format=torch.contiguous_format)
+        return plain_copy(output)
 
     def _trace_modules(self) -> None:
         task = self._task

@@ -31,7 +31,7 @@ from tpcheck.reconciliation import (
     widened,
     without_pads,
 )
-from tpcheck.records import FirstDivergence
+from tpcheck.records import BEFORE_IT, FirstDivergence
 from tpcheck.trace import Trace
 
 Points = Mapping[str, PointRecord]
@@ -213,9 +213,9 @@ def _blame_for_input(
         return None, ""
     if relative_rms(got, want) <= allowed:
         partial = isinstance(placements[0], Partial)
-        return None, "its input is partial sums, not reduced over ranks" if partial else ""
+        return None, f"{BEFORE_IT} partial sums, not reduced over ranks" if partial else ""
     where = "" if rank is None else f" on rank {rank}"
-    return rank, f"its input is off already{where}: look at what comes before it"
+    return rank, f"{BEFORE_IT} off already{where}: look at what comes before it"
 
 
 def _attribution(

@@ -27,6 +27,16 @@ def whole(output: Any) -> Any:
     return output
 
 
+def plain_copy(output: torch.Tensor) -> torch.Tensor:
+    """Return what a forward gave as a dense tensor of its own on the CPU, of no subclass."""
+    tensor = output.detach().to("cpu")
+    tensor = tensor.to_dense() if tensor.layout is not torch.strided else tensor
+    if tensor.is_floating_point() and tensor.itemsize == 1:
+        return tensor.float()  # the same values; torch can neither subtract nor test these
+    copied = tensor.clone(memory_format=torch.contiguous_format)
+    return copied if type(copied) is torch.Tensor else copied.as_subclass(torch.Tensor)
+
+
 def beside(output: Any) -> int:
     """Count the floating tensors that a forward returns beside the one that is compared."""
     if isinstance(output, torch.Tensor):

@@ -92,6 +92,10 @@ class Check:
             raise ValueError(f"a check that is {self.outcome} needs a reason")
 
 
+BEFORE_IT = "its input is"
+"""How the detail of a divergence goes on where the fault lies before the module."""
+
+
 @dataclass(frozen=True, slots=True)
 class FirstDivergence:
     """The first traced module, in execution order, that leaves its reference."""

@@ -174,3 +174,14 @@ def test_who_receives_what_is_off_is_not_blamed_for_it():
     first = verdict_of(build, 4, seq_len=8).first_divergence
     assert first.fqn.startswith("all_to_all at test_bare_subjects.py:")
     assert (first.rank, first.index) == (None, "[0:2, 7, 0, 0:8]")
+
+
+def test_a_subject_that_shows_nothing_is_told_what_to_show():
+    def build(tp):
+        embed = tp.weight("embed", VOCAB, HIDDEN)
+        return lambda input_ids: embed[input_ids] * tp.size
+
+    found = verdict_of(build)
+    assert found.first_divergence is None
+    said = "localization: TP=1 has neither modules nor collectives of tp"
+    assert any(reason.startswith(said) for reason in found.reasons)

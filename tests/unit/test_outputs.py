@@ -8,7 +8,7 @@ import torch
 from tpcheck import outputs
 from tpcheck.groups.jobs import Job
 from tpcheck.groups.simulated import SimulatedRanks, SimulatedWorld
-from tpcheck.outputs import Digests, digest, whole
+from tpcheck.outputs import Digests, digest, plain_copy, whole
 
 NAN = float("nan")
 OUTPUTS = {
@@ -83,3 +83,24 @@ def test_simulated_ranks_share_what_agrees_and_keep_what_does_not(monkeypatch):
 )
 def test_logits_are_found_in_what_frameworks_return(output):
     assert whole(output) is OUTPUTS["plain"]
+
+
+class Tagged(torch.Tensor):
+    """What a library makes of its own tensors."""
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        torch.eye(3).as_subclass(Tagged),
+        torch.eye(3).to_sparse(),
+        torch.eye(3).to(torch.float8_e4m3fn),
+        torch.nn.Parameter(torch.eye(3)),
+    ],
+    ids=["subclass", "sparse", "float8", "parameter"],
+)
+def test_what_a_forward_gives_is_kept_as_a_plain_tensor(output):
+    kept = plain_copy(output)
+    assert type(kept) is torch.Tensor
+    assert not kept.requires_grad
+    assert torch.equal(kept, torch.eye(3))

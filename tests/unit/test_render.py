@@ -2,6 +2,7 @@
 
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -199,6 +200,14 @@ def test_findings_hold_what_to_paste_and_one_thing_to_do() -> None:
         for finding in findings(report(verdict(outcome))):
             assert finding.repro.startswith("tpcheck run ")
             assert finding.next
+
+
+def test_a_module_whose_input_is_off_is_not_what_to_look_at() -> None:
+    wrong = verdict("WRONG")
+    detail = "relative rms 1; its input is off already on rank 1: look at what comes before it"
+    wrong = replace(wrong, first_divergence=FirstDivergence("layers.0.mlp", 1, detail=detail))
+    (finding,) = findings(report(wrong))
+    assert finding.next == "look at what gives layers.0.mlp its input"
 
 
 SELFCHECK_FAULT = {

@@ -50,7 +50,7 @@ def findings_of(profiles: Sequence[Json], rows: Sequence[Json]) -> list[Json]:
 
 
 def wrong_findings(profiles: Sequence[Json], rows: Sequence[Json]) -> list[Json]:
-    """Say how far another function is, and where it begins to be one.
+    """Say how far another function is, and where it first has other bits.
 
     Returns:
         Findings `about` "wrong" (`ratio`, `relative_rms`) and "begins", as `findings_of`.
@@ -73,7 +73,7 @@ def wrong_findings(profiles: Sequence[Json], rows: Sequence[Json]) -> list[Json]
             "text": text,
         }
     ]
-    begins = _begins(profiles, "the difference")
+    begins = _begins(profiles, "bits first differ")
     return found if begins is None else [*found, begins]
 
 
@@ -284,14 +284,14 @@ def _allclose(rows: Sequence[Json]) -> Json | None:
     return {"about": "allclose", "passes": passes, "required_both": needed, "text": text}
 
 
-def _begins(profiles: Sequence[Json], what: str = "drift") -> Json | None:
+def _begins(profiles: Sequence[Json], what: str = "drift begins") -> Json | None:
     """Say where TP=N first has other bits, and after which layer it is furthest from TP=1."""
     depths = [profile["depth"] for profile in profiles if profile.get("depth")]
     begun = [one for one in depths if one["begins"]]
     if not begun:
         return None
     points = [point for one in begun for point in one["points"] if point["ratio"] is not None]
-    text = f"{what} begins in {begun[0]['begins']}"
+    text = f"{what} in {begun[0]['begins']}"
     lost = [point for one in begun for point in one["points"] if point.get("not_finite")]
     text += f"; after {lost[0]['fqn']} values are not finite" if lost else ""
     most = max(points, key=lambda point: float(point["ratio"]), default=None)

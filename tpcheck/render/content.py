@@ -14,7 +14,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tpcheck.records import CHECK_NAMES, FAIL, OUTCOMES, PASS, SKIPPED, Check, Report, Verdict
+from tpcheck.records import (
+    BEFORE_IT,
+    CHECK_NAMES,
+    FAIL,
+    OUTCOMES,
+    PASS,
+    SKIPPED,
+    Check,
+    Report,
+    Verdict,
+)
 
 COLUMNS = (
     "case",
@@ -313,6 +323,8 @@ def _next(verdict: Verdict, failed: dict[str, Check]) -> str:
         ask = f"allow --atol {at_least(needed)}, or " if needed is not None else ""
         return f"{ask}leave --atol and --rtol out: a derived tolerance never decides"
     if verdict.outcome in ("WRONG", "DRIFT") and first is not None:
+        if BEFORE_IT in first.detail:
+            return f"look at what gives {first.fqn} its input"
         where = f" on rank {first.rank}" if first.rank is not None else ""
         return f"compare {first.fqn}{where} with what TP=1 does there"
     if verdict.outcome == "INCONCLUSIVE" and "record" in failed:
