@@ -17,7 +17,7 @@ from tpcheck.execution import Task
 from tpcheck.groups.base import RecordedGroup
 from tpcheck.groups.jobs import World
 from tpcheck.observation.consumption import offer_weights
-from tpcheck.observation.modules import held_modules
+from tpcheck.observation.modules import evaluating
 from tpcheck.subjects import resolve, with_spec
 
 Forward = Callable[..., Any]
@@ -43,9 +43,9 @@ def built(
     group.weights.perturb = note
     offer_weights(group.weights, subject.options.weights)
     takes_spec = subject.options.specs is not None and subject.options.spec is not None
-    forward = subject.build(*((group, subject.options.spec) if takes_spec else (group,)))
-    for module in held_modules(forward).values():
-        module.eval()
+    forward = evaluating(
+        subject.build(*((group, subject.options.spec) if takes_spec else (group,)))
+    )
     group.recorder.take()
     return group, forward
 

@@ -27,8 +27,8 @@ from tpcheck.observation.last_bits import LastBits
 from tpcheck.observation.lifting import Lift
 from tpcheck.observation.modules import (
     ModuleTracer,
+    evaluating,
     fqn_hooks,
-    held_modules,
     replay_modules,
     traced_modules,
 )
@@ -203,9 +203,7 @@ def _build(subject: Subject, group: RecordedGroup, consumption: Consumption) -> 
             f"{subject.name}: build(tp) returned {type(forward).__name__},"
             " but should return a callable forward(inputs) -> logits"
         )
-    for module in held_modules(forward).values():
-        module.eval()
-    return forward
+    return evaluating(forward)
 
 
 class _Runner:

@@ -252,3 +252,38 @@ def test_what_a_request_leaves_in_the_cache_must_not_show_in_the_next(visible, o
     assert found.outcome == outcome
     failed = [name for name, check in found.checks.items() if check.outcome == "FAIL"]
     assert failed == ([] if outcome == "PASS" else ["decode"])
+
+
+class Norm(nn.Module):
+    """In float32, whatever it is given."""
+
+    def forward(self, x):
+        y = x.float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def exported(module, tp):
+    sizes = ({0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO},)
+    example = torch.ones(2, 3, HIDDEN, dtype=tp.dtype)
+    return torch.export.export(module, (example,), dynamic_shapes=sizes).module()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("made", [lambda norm, _: torch.jit.script(norm), exported])
+@pytest.mark.parametrize("factor", [1.0, 1 + 2**-8])
+def test_what_takes_no_hooks_and_no_eval_runs_all_the_same(made, factor):
+    @tpcheck.subject(vocab_size=VOCAB, seq_len=LONGEST)
+    def build(tp):
+        model = nn.Sequential(nn.Embedding(VOCAB, HIDDEN), Row(tp, "row", FFN), made(Norm(), tp))
+        model[0].weight = nn.Parameter(tp.weight("embed", VOCAB, HIDDEN))
+        up = shard(tp.weight("up", FFN, HIDDEN), tp)
+        model[1].register_forward_pre_hook(lambda _, args: torch.relu(args[0] @ up.T))
+        model[1].scale = factor if tp.rank == 1 else 1.0
+        return model
+
+    found = verdict(build)
+    assert found.outcome == ("PASS" if factor == 1 else "WRONG")
+    assert found.checks["structural"].facts["dtype"] == "float32"  # its casts are seen
+    if factor > 1:
+        assert (found.first_divergence.fqn, found.first_divergence.rank) == ("1", 1)

@@ -63,7 +63,7 @@ def traced_modules(forward: Any) -> dict[str, TracePoint]:
             fqn: TracePoint(module)
             for name, held in held_modules(forward).items()
             for fqn, module in held.named_modules(prefix=name)
-            if fqn
+            if fqn and not isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
         }
     if not isinstance(declared, Mapping):
         raise SubjectError(
@@ -95,6 +95,17 @@ def held_modules(forward: Any) -> dict[str, torch.nn.Module]:
     inner = {id(one) for module in held.values() for one in list(module.modules())[1:]}
     held = {name: module for name, module in held.items() if id(module) not in inner}
     return {"": next(iter(held.values()))} if len(held) == 1 else held
+
+
+def evaluating(forward: Any) -> Any:
+    """Return a forward whose modules are in eval mode."""
+    for module in held_modules(forward).values():
+        try:
+            module.eval()
+        except NotImplementedError:  # an exported program within it cannot be asked
+            for inner in module.modules():
+                inner.training = False
+    return forward
 
 
 def _point(fqn: str, entry: Any) -> TracePoint:
