@@ -1,9 +1,11 @@
 """Modules are found in whatever a subject returns: a module, a method, a function around them."""
 
+import functools
+
 import torch
 from torch import nn
 
-from tpcheck.observation.modules import traced_modules
+from tpcheck.observation.modules import evaluating, traced_modules
 
 
 class Model(nn.Module):
@@ -18,6 +20,19 @@ class Model(nn.Module):
         return self.forward(x)
 
 
+class Runner:
+    """Holds a model and is none, as engines do."""
+
+    def __init__(self, model):
+        self.model, self.positions = model, torch.arange(3)
+
+    def __call__(self, x):
+        return self.model(x, self.positions)
+
+    def run(self, x):
+        return self(x)
+
+
 NAMES = ["body", "body.0", "head"]
 
 
@@ -28,6 +43,22 @@ def test_a_function_around_one_module_is_traced_as_that_module():
     assert list(traced_modules(model.logits)) == NAMES
     head = model.head
     assert list(traced_modules(lambda x: head(model.body(x)))) == NAMES
+
+
+def test_what_runs_a_model_is_traced_as_that_model():
+    model = Model()
+    runner = Runner(model)
+    for forward in (
+        functools.partial(model, positions=torch.arange(3)),
+        functools.partial(functools.partial(model.logits)),
+        functools.partial(runner.run),
+        runner,
+        runner.run,
+    ):
+        assert list(traced_modules(forward)) == NAMES
+        model.train()
+        assert evaluating(forward) is forward
+        assert not any(module.training for module in model.modules())
 
 
 def test_modules_side_by_side_have_the_names_that_the_function_has_for_them():

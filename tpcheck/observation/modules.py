@@ -10,8 +10,11 @@ not blamed on what follows. Code without any module is traced at its collectives
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -73,28 +76,31 @@ def traced_modules(forward: Any) -> dict[str, TracePoint]:
 
 
 def held_modules(forward: Any) -> dict[str, torch.nn.Module]:
-    """Return prefix -> the modules that a forward is or closes over; one alone has no prefix.
+    """Return prefix -> the modules that a forward is, closes over or is called with as its own.
 
     Most models take more than tokens (positions, a mask, a cache), so what a subject returns is
-    often `lambda ids: model(ids, positions)`, or a method.
+    often `lambda ids: model(ids, positions)`, or a method of what runs the model. One module alone
+    has no prefix.
     """
-    if isinstance(forward, torch.nn.Module):
-        return {"": forward}
-    owner = getattr(forward, "__self__", None)
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    owner = getattr(forward, "__self__", forward)
     if isinstance(owner, torch.nn.Module):
         return {"": owner}
-    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
-    held: dict[str, torch.nn.Module] = {}
-    for name, cell in zip(names, getattr(forward, "__closure__", None) or (), strict=True):
-        try:
-            content = cell.cell_contents
-        except ValueError:  # an empty cell
-            continue
-        if isinstance(content, torch.nn.Module):
-            held[name] = content
+    contents = _closed_over(owner) if inspect.isfunction(owner) else getattr(owner, "__dict__", {})
+    held = {name: one for name, one in contents.items() if isinstance(one, torch.nn.Module)}
     inner = {id(one) for module in held.values() for one in list(module.modules())[1:]}
     held = {name: module for name, module in held.items() if id(module) not in inner}
     return {"": next(iter(held.values()))} if len(held) == 1 else held
+
+
+def _closed_over(function: FunctionType) -> dict[str, Any]:
+    found = {}
+    cells = function.__closure__ or ()
+    for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+        with contextlib.suppress(ValueError):  # an empty cell
+            found[name] = cell.cell_contents
+    return found
 
 
 def evaluating(forward: Any) -> Any:
