@@ -61,6 +61,25 @@ def test_what_runs_a_model_is_traced_as_that_model():
         assert not any(module.training for module in model.modules())
 
 
+def test_modules_are_in_eval_mode_however_a_function_holds_them():
+    model = Model()
+    runner, layers, by_name = Runner(model), [1, (model,)], {"a": {"b": model}}
+    later = functools.partial(lambda x, run: run(x), run=runner.run)
+    loop: list = [by_name]
+    loop.append(loop)
+    for forward in (
+        lambda x: runner.run(x),
+        lambda x: layers[1][0](x),
+        lambda x: by_name["a"]["b"](x),
+        lambda x: later(x),
+        lambda x: loop[0]["a"]["b"](x),
+    ):
+        model.train()
+        evaluating(forward)
+        assert not any(module.training for module in model.modules())
+    assert evaluating(len) is len
+
+
 def test_modules_side_by_side_have_the_names_that_the_function_has_for_them():
     body, head = nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2)
     assert list(traced_modules(lambda x: head(body(x)))) == ["body", "body.0", "head"]

@@ -14,7 +14,7 @@ import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ from tpcheck.observation.whereabouts import call_site
 from tpcheck.placement import Placement, Replicate, Shard
 from tpcheck.sharding import shard
 from tpcheck.trace import Collective
+
+_MOST_OBJECTS = 10_000
+"""Looked at for modules that a forward holds: what has more of them holds data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +107,38 @@ def _closed_over(function: FunctionType) -> dict[str, Any]:
 
 
 def evaluating(forward: Any) -> Any:
-    """Return a forward whose modules are in eval mode."""
-    for module in held_modules(forward).values():
+    """Return a forward, the modules in its reach in eval mode: dropout is no bug of a split."""
+    for module in _within_reach(forward):
         try:
             module.eval()
         except NotImplementedError:  # an exported program within it cannot be asked
             for inner in module.modules():
                 inner.training = False
     return forward
+
+
+def _within_reach(forward: Any) -> Iterator[torch.nn.Module]:
+    """Yield the modules that a forward is, closes over or holds, however it holds them."""
+    left, seen = [forward], set[int]()
+    while left and len(seen) < _MOST_OBJECTS:
+        one = left.pop()
+        if id(one) in seen or isinstance(one, (torch.Tensor, RecordedGroup, ModuleType, type)):
+            continue
+        seen.add(id(one))
+        if isinstance(one, torch.nn.Module):
+            yield one
+        elif isinstance(one, functools.partial):
+            left += [one.func, *one.args, *one.keywords.values()]
+        elif isinstance(one, (list, tuple)):
+            left += one
+        elif isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, FunctionType):
+            left += _closed_over(one).values()
+        elif isinstance(one, MethodType):
+            left += [one.__self__, one.__func__]
+        else:
+            left += getattr(one, "__dict__", {}).values()
 
 
 def _point(fqn: str, entry: Any) -> TracePoint:
