@@ -272,6 +272,8 @@ def _attribution_in_places(
     off = (operands.sum(1) - true_sum).abs() > allowed * rms(true_sum)
     ranks = range(operands.shape[1])
     zeros = [rank for rank in ranks if bool(off.any()) and not bool(operands[off, rank].any())]
+    if len(zeros) == len(ranks):
+        return None, "every rank's partial is zero where it differs"
     apart = bool((operands[~off] == 0).any())  # a zero is in its place, as in an embedding
     if len(zeros) == 1 and not apart:
         return zeros[0], f"rank {zeros[0]}'s partial is zero where it differs"

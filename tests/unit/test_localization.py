@@ -351,6 +351,12 @@ def test_a_rank_that_lacks_a_token_is_not_blamed_for_the_rank_that_has_it():
     assert "where it differs, only rank 1's partial is not zero" in first.detail
 
 
+def test_a_token_that_no_rank_has_is_called_that():
+    first = embedded(lambda term: changed(term, (1, slice(None)), 0.0))
+    assert first.rank is None
+    assert "every rank's partial is zero where it differs" in first.detail
+
+
 def test_a_term_that_should_not_be_there_is_told_from_a_factor():
     first = embedded(lambda term: changed(term, (0, slice(None))))
     assert first.rank == 1
