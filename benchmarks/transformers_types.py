@@ -68,7 +68,7 @@ def planned_types() -> list[str]:
 
 
 def make(kind: str, directory: str) -> None:
-    """Save a small model of a type that answers; raise what its first or deeper config says."""
+    """Save the first small model of a type that runs; raise what the first to fail said."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 

@@ -260,8 +260,8 @@ def _attribution(
     true = _solve(operands, true_sum)
     if true is not None:
         return _off_by(true, "")
-    if _as_a_bias(got, want):
-        return None, _as_a_bias(got, want)
+    if said := _as_a_bias(got, want):
+        return None, said
     return _attribution_in_places(operands, true_sum, max(allowed, 1e-6))
 
 

@@ -12,8 +12,7 @@ import tpcheck
 VOCAB, HIDDEN, FFN, LAYERS = 64, 32, 72, 3
 
 
-def stack(tp, plant):
-    """Return `LAYERS` row-parallel layers; `plant(tp, layer, term, total)` spoils their sums."""
+def weights(tp):
     embed = tp.weight("embed", VOCAB, HIDDEN)
     layers = [
         (
@@ -22,6 +21,12 @@ def stack(tp, plant):
         )
         for i in range(LAYERS)
     ]
+    return embed, layers
+
+
+def stack(tp, plant):
+    """Return `LAYERS` row-parallel layers; `plant(tp, layer, term, total)` spoils their sums."""
+    embed, layers = weights(tp)
 
     def forward(input_ids):
         x = embed[input_ids]
@@ -119,14 +124,7 @@ def test_a_gather_in_the_wrong_order_is_named(tp_size):
 
 def padded_stack(tp, layer):
     """Return a sequence-parallel stack; the last rank's term of one layer is off."""
-    embed = tp.weight("embed", VOCAB, HIDDEN)
-    layers = [
-        (
-            tp.weight(f"{i}.up", FFN, HIDDEN).chunk(tp.size)[tp.rank],
-            tp.weight(f"{i}.down", HIDDEN, FFN).chunk(tp.size, 1)[tp.rank],
-        )
-        for i in range(LAYERS)
-    ]
+    embed, layers = weights(tp)
 
     def forward(input_ids):
         tokens = input_ids.shape[1]

@@ -94,13 +94,7 @@ class _HandsOn(TorchFunctionMode):
         super().__init__()
         self._consumption = consumption
 
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in _HANDED_ON:
             self._consumption.note_reads(args[:1])
         return func(*args, **(kwargs or {}))
